@@ -1,0 +1,204 @@
+"""One schema for every configuration file.
+
+A configuration is YAML with single inheritance (``extends: other.yaml``, found beside the file or
+among the shipped ones) and dotted overrides (``training.lr=3e-4``). Unknown keys are errors that
+suggest the nearest known one. Plugins (modalities, tasks) own the schema of their part: the part's
+``type`` names the plugin, and the rest is validated by the plugin's own ``Config`` when it is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PluginPart(BaseModel):
+    """A plugin's part: ``type`` picks the class, all other keys are the class's own `Config`."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class RunConfig(Part):
+    dir: str = "outputs/run"
+    seed: int = 0
+
+
+class PriorConfig(Part):
+    """The MMDiT. Defaults of `mlp_ratio`, `norm_eps` and `qk_bias` are the official model's."""
+
+    width: int = 384
+    heads: int = 6
+    head_dim: int = 64
+    #: leading channels of each head that are rotated; the rest pass through
+    rope_dim: int = 48
+    #: axes of a position; each rotary frequency belongs to one
+    axes: int = 3
+    mlp_ratio: int = 4
+    #: blocks with weights of their own per modality, then blocks that all modalities share
+    multi_stream_depth: int = 0
+    single_stream_depth: int = 8
+    qk_bias: bool = False
+    norm_eps: float = 1e-5
+
+
+class SourceConfig(Part):
+    """Shards by split, e.g. ``{train: [a.tar, b.tar], val: [c.tar]}``; paths are relative to the
+    working directory, or ``embedded:NAME`` for the data that ships with the package."""
+
+    train: list[str]
+    val: list[str] = []
+    #: further splits to evaluate on, by name
+    splits: dict[str, list[str]] = {}
+
+
+class DataConfig(Part):
+    sources: dict[str, SourceConfig] = {}
+    #: an epoch with more than this share of bad examples is an error; fewer are skipped and counted
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    workers: int = Field(0, ge=0)
+
+
+class TimestepConfig(Part):
+    """How a modality's timesteps are drawn in training (paper 16.9)."""
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    loc: float = 0.0
+    scale: float = Field(1.0, ge=0)
+
+
+class FlowConfig(Part):
+    timesteps: dict[str, TimestepConfig] = {}
+    #: rounding of the timestep (in units of 1/1000) before it is used
+    round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
+    #: share of noisy blocks whose left part, of random length, stays clean (paper 5.2)
+    clean_prefix_rate: float = Field(0.05, ge=0, le=1)
+    #: gradient of the flow loss into the encoders; never through clean history (eq. 3.17)
+    grad_through_noisy: bool = True
+    grad_through_target: bool = True
+
+
+class LossConfig(Part):
+    """Weights of eq. 3.18. `beta` multiplies E[log q] here, and the KL in the autoencoder stage."""
+
+    vae: float = 1.0
+    fm: float = 1.0
+    mask: float | None = None
+    beta: float | None = None
+    ref: float = 0.0
+    #: share of each modality in the flow loss
+    modality: dict[str, float] = {}
+
+
+class OptimizerConfig(Part):
+    lr: float = 1e-3
+    #: learning rate of the autoencoders in a joint stage, relative to `lr`; 0 freezes them
+    vae_lr_ratio: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    #: the cosine ends at this share of `lr`
+    final_lr_ratio: float = Field(0.05, ge=0, le=1)
+    clip_grad_norm: float = Field(1.0, gt=0)
+
+
+class IntervalConfig(Part):
+    """Cycles of `train` steps with the autoencoders learning, then `freeze` steps without (4.3)."""
+
+    train: int = Field(22, gt=0)
+    freeze: int = Field(33, gt=0)
+
+
+class StageConfig(Part):
+    """One stage of training. ``autoencoder`` trains one modality's VAE, ``joint`` the prior (and,
+    with ``optimizer.vae_lr_ratio`` above 0, the VAEs with it)."""
+
+    name: str
+    objective: Literal["autoencoder", "joint"]
+    #: autoencoder stages: which modality, and the mixture of sources to read
+    modality: str | None = None
+    sources: dict[str, float] = {}
+    steps: int = Field(gt=0)
+    #: examples of one optimizer step, over all processes and accumulation steps
+    batch_size: int = Field(32, gt=0)
+    accumulate: int = Field(1, gt=0)
+    #: positions of a packed row (joint stages)
+    row_length: int = Field(256, gt=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    interval: IntervalConfig | None = None
+    #: train the prior on posterior samples, or on posterior means
+    posterior: Literal["sample", "mean"] = "sample"
+
+    @model_validator(mode="after")
+    def _complete(self) -> StageConfig:
+        if self.objective == "autoencoder" and not (self.modality and self.sources):
+            raise ValueError(f"stage {self.name}: an autoencoder stage needs modality and sources")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"stage {self.name}: batch_size {self.batch_size} must be a multiple of"
+                f" accumulate {self.accumulate}"
+            )
+        return self
+
+
+class EMAConfig(Part):
+    decay: float = Field(0.999, ge=0, lt=1)
+    #: the decay rises as (1 + step) / (warmup + step) until it reaches `decay`
+    warmup: int = 10
+
+
+class TrainingConfig(Part):
+    #: a cap on the steps of every stage
+    max_steps: int | None = Field(None, ge=0)
+    save_every: int = Field(500, gt=0)
+    log_every: int = Field(10, gt=0)
+    validate_every: int = Field(500, gt=0)
+    validation_examples: int = Field(64, gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    ema: EMAConfig | None = EMAConfig()
+    trackers: list[str] = ["tensorboard"]
+    #: examples whose samples are written into the run folder at each validation
+    sample_every: int | None = None
+
+
+class InitConfig(Part):
+    """Checkpoints to start from: a pipeline folder, or a folder of just that part."""
+
+    text_vae: str | None = None
+    image_vae: str | None = None
+    prior: str | None = None
+
+
+class GenerationConfig(Part):
+    num_steps: int = Field(16, gt=0)
+    guidance_scale: float = 3.0
+    solver: Literal["euler", "heun"] = "euler"
+    max_new_tokens: int = Field(32, gt=0)
+
+
+class Config(Part):
+    """Everything that a run is."""
+
+    run: RunConfig = RunConfig()
+    modalities: dict[str, PluginPart]
+    prior: PriorConfig = PriorConfig()
+    tasks: dict[str, PluginPart]
+    data: DataConfig = DataConfig()
+    flow: FlowConfig = FlowConfig()
+    training: TrainingConfig = TrainingConfig()
+    stages: list[StageConfig] = []
+    init: InitConfig = InitConfig()
+    generation: GenerationConfig = GenerationConfig()

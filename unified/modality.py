@@ -1,0 +1,194 @@
+"""What a modality is: an autoencoder between items and short sequences of continuous latents.
+
+A modality turns an *item* (a `str`, a `PIL.Image`) into an *observation* (a CPU tensor that a data
+worker can make without the network), encodes observations to Gaussian *posteriors* over latents,
+decodes latents back, and knows the loss of its own stage. Everything outside speaks latents in
+**normalised space**, where each channel has about zero mean and unit variance over the data.
+
+Shape legend: L positions of one item, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class PluginConfig(BaseModel):
+    """Base of every plugin's own configuration: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """One encoded item: values [L, C], and the grid whose product is L (text ``(L,)``, image ``(h, w)``)."""
+
+    values: Tensor
+    grid: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if math.prod(self.grid) != len(self.values):
+            raise ValueError(f"grid {self.grid} does not hold {len(self.values)} latents")
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A diagonal Gaussian q(z | x) over one item's latents, in normalised space.
+
+    `mean_LC` and `logvar_LC` are [L, C]; all reductions below sum over L and C (nats).
+    """
+
+    mean_LC: Tensor
+    logvar_LC: Tensor
+    grid: tuple[int, ...]
+
+    @property
+    def mode(self) -> Latent:
+        return Latent(self.mean_LC, self.grid)
+
+    def sample(self, noise_LC: Tensor) -> Latent:
+        """Reparameterised sample ``mean + std * noise``; the caller owns the noise and its seed."""
+        std = torch.exp(0.5 * self.logvar_LC)
+        return Latent(self.mean_LC + std * noise_LC.to(self.mean_LC), self.grid)
+
+    def log_prob(self, values_LC: Tensor) -> Tensor:
+        """log q(z | x) of `values_LC`, in nats."""
+        squared = (values_LC - self.mean_LC) ** 2 * torch.exp(-self.logvar_LC)
+        return -0.5 * (squared + self.logvar_LC + math.log(2 * math.pi)).sum()
+
+    def entropy(self) -> Tensor:
+        """-E_q[log q], the term that stage 2 weighs by beta (paper eq. 3.18)."""
+        return 0.5 * (self.logvar_LC + math.log(2 * math.pi * math.e)).sum()
+
+    def kl(self, other: Posterior | None = None) -> Tensor:
+        """KL(q || other); against the base prior N(0, I) when `other` is None (eq. 3.16)."""
+        if other is None:
+            squared, logvar = self.mean_LC**2, self.logvar_LC
+        else:
+            squared = (self.mean_LC - other.mean_LC) ** 2 * torch.exp(-other.logvar_LC)
+            logvar = self.logvar_LC - other.logvar_LC
+        return 0.5 * (squared + torch.exp(logvar) - 1 - logvar).sum()
+
+
+class Modality(nn.Module, ABC):
+    """Base class of a modality plugin (``modalities/NAME/``; see ``docs/add_a_modality.md``).
+
+    `generators` arguments hold one CPU generator per observation, so that what is drawn for an
+    example does not depend on the batch it came in.
+    """
+
+    Config: ClassVar[type[PluginConfig]]
+    #: endings of the shard members that hold this modality's items, best first
+    extensions: ClassVar[tuple[str, ...]]
+    config: Any
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Width C of a latent."""
+
+    # ---- items and observations: no network involved ------------------------------------------
+
+    @abstractmethod
+    def read(self, data: bytes) -> Any:
+        """A shard member's bytes as an item. ValueError says what is wrong with the bytes."""
+
+    @abstractmethod
+    def observe(self, item: Any, *, block: int | None = None, ends: bool = False) -> Tensor:
+        """The item as a CPU tensor.
+
+        With `ends` the item is closed (text: eos is appended); with `block` the observation is
+        padded so that its latents fill whole blocks of that many. ValueError for an item that
+        cannot be represented, saying what was found and what would be right.
+        """
+
+    @abstractmethod
+    def realise(self, observation: Tensor) -> Any:
+        """The observation as an item: ids to `str` (cut at eos), pixels to `PIL.Image`."""
+
+    @abstractmethod
+    def grid(self, observation: Tensor) -> tuple[int, ...]:
+        """The grid of latents that `observation` encodes to, without encoding it."""
+
+    # ---- the autoencoder -----------------------------------------------------------------------
+    # Losses are sums over positions. Divided by `counts`, added up over any split of a batch into
+    # rows, accumulation steps and ranks, they give the same number.
+
+    @abstractmethod
+    def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
+        """One posterior per observation, in normalised space. Observations may differ in size."""
+
+    @abstractmethod
+    def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
+        """One observation per (normalised) latent; the most likely one where there is a choice."""
+
+    @abstractmethod
+    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+        """Term -> number of positions its sum runs over, without running the network."""
+
+    @abstractmethod
+    def reconstruction(
+        self, observations: Sequence[Tensor], latents: Sequence[Latent]
+    ) -> dict[str, Tensor]:
+        """-log p(x | z) of the observations given their latents (eq. 3.15), as sums by term."""
+
+    def masking(
+        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """The BERT-style loss of eq. 3.16, where the modality has one, as a sum by term."""
+        del observations, generators
+        return {}
+
+    def loss(
+        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """The autoencoder's own objective (eq. 3.16): unweighted sums by term; see `weights`."""
+        posteriors = self.encode(observations)
+        latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
+        return {
+            **self.reconstruction(observations, latents),
+            "kl": torch.stack([p.kl() for p in posteriors]).sum(),
+            **self.masking(observations, generators),
+        }
+
+    @abstractmethod
+    def weights(self) -> dict[str, float]:
+        """The factor of each term: ``kl`` is beta, ``mask`` is lambda_mask of eq. 3.16."""
+
+    @abstractmethod
+    def fit_statistics(self, observations: Sequence[Tensor]) -> None:
+        """Set the latent statistics (shift and scale, stored with the weights) from data."""
+
+    # ---- making, files -------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: Any, corpus: Iterable[Any] | None) -> Modality:
+        """A new modality with random weights. `corpus` iterates over items of the training data,
+        for what must be fitted before the network exists (a tokenizer). Without it (None) the
+        modality has the right network but may be unable to `observe`: enough to count parameters.
+        """
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path | str, name: str) -> None:
+        """Write this modality's parts into the pipeline folder `folder`: ``{name}_vae/`` with
+        ``config.json`` and ``model.safetensors``, and whatever else it needs (a tokenizer)."""
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, folder: Path | str, name: str) -> Modality:
+        """Read what `save_pretrained` wrote; strict, and never a pickle."""
+
+
+def draw(posterior: Posterior, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of the posterior's shape, on the CPU, from `generator`."""
+    return torch.randn(posterior.mean_LC.shape, generator=generator)

@@ -1,0 +1,158 @@
+"""The latent sequence: segments laid out by a task, samples packed into rows.
+
+A `Layout` is a list of typed segments and the table of who sees whom. A `Sample` is a layout
+filled with latents. `pack` puts many samples, of any tasks, into a few rows of equal length:
+
+    row 0:  [ C C C C | I I I I | N N N N ][ P P | I I I I | C C | N N ] pad
+             sample 0 (text_to_image)       sample 1 (captioning)
+
+Three rules fix the integers of every position:
+
+* *Blocks* are one clock per sample: a segment starts at the block after the last one so far, a
+  segment without a block length is one block, and a twin has the blocks of what it copies.
+* *Positions* are integers per axis. A segment starts at s, the first integer above all positions
+  so far; text sits on the diagonal (s+i, s+i, s+i), an image at (s, s+y, s+x): a grid fills the
+  last axes and is constant on the others. A twin has the positions of what it copies.
+* *Latents* are stored per modality, since channel widths differ, in the order of the samples.
+
+Shape legend: R rows, L positions of a row, A axes, N positions of one modality over the whole
+batch (in sample order), C channels of that modality, G noise groups (blocks of noisy text, or
+whole noisy images: whatever shares one timestep).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from unified.modality import Latent
+from unified.visibility import Sees, Visibility, visible
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One typed run of latents.
+
+    ``noise``: whether it is clean, or noisy with one timestep per block or one per segment.
+    ``copies``: the clean kind whose noisy twin this is (same latents, positions and blocks).
+    ``block``: latents per block; None makes the segment one block.
+    ``weight``: its share of the flow loss.
+    """
+
+    kind: str
+    modality: str
+    noise: Literal["clean", "block", "segment"] = "clean"
+    copies: str | None = None
+    block: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Segments in packed order, and ``sees[query kind][key kind]``."""
+
+    segments: tuple[Segment, ...]
+    sees: Sees
+    #: share of noisy segments (or blocks, where noise is per block) relabelled U in training
+    unconditional_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        kinds = [s.kind for s in self.segments]
+        for s in self.segments:
+            if s.copies is not None and (s.copies not in kinds or self[s.copies].copies):
+                raise ValueError(f"segment {s.kind} copies {s.copies}, which is not a segment")
+            if s.copies is not None and self[s.copies].block != s.block:
+                raise ValueError(f"segment {s.kind} must have the block length of {s.copies}")
+        unknown = {k for q in self.sees for k in (q, *self.sees[q])} - set(kinds)
+        if unknown or len(set(kinds)) < len(kinds):
+            raise ValueError(f"segments {kinds} do not match the table's kinds {sorted(self.sees)}")
+
+    def __getitem__(self, kind: str) -> Segment:
+        for segment in self.segments:
+            if segment.kind == kind:
+                return segment
+        raise KeyError(f"this layout has no segment {kind}")
+
+    @property
+    def filled(self) -> tuple[Segment, ...]:
+        """The segments that need an item: all but twins."""
+        return tuple(s for s in self.segments if s.copies is None)
+
+    def is_target(self, segment: Segment) -> bool:
+        """True for a segment that generation can produce: it is noisy, or has a noisy twin."""
+        return segment.noise != "clean" or any(s.copies == segment.kind for s in self.segments)
+
+    def grid(
+        self, lengths: Mapping[str, int], unconditional: bool = False
+    ) -> tuple[list[str], list[int], list[list[bool]]]:
+        """(kinds, blocks, visible) of one sample whose segments have these lengths.
+
+        With `unconditional`, each noisy segment's copy of kind U is appended.
+        """
+        placed = place(self, {s.kind: (lengths[s.kind],) for s in self.filled}, axes=1)
+        kinds, blocks = [], []
+        for p in placed:
+            kinds += [p.segment.kind] * len(p.blocks)
+            blocks += p.blocks.tolist()
+        if unconditional:
+            noisy = [p for p in placed if p.segment.noise != "clean"]
+            kinds += ["U"] * sum(len(p.blocks) for p in noisy)
+            blocks += [b for p in noisy for b in p.blocks.tolist()]
+        table = Visibility({"": self.sees}).tables[""]
+        return kinds, blocks, visible(table, kinds, blocks)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One segment of one sample: its blocks [L] and positions [L, A]."""
+
+    segment: Segment
+    blocks: Tensor
+    positions: Tensor
+
+
+def grid_positions(grid: tuple[int, ...], start: int, axes: int) -> Tensor:
+    """Positions [L, A] of a grid that starts at `start`.
+
+    One dimension runs along the diagonal of all axes; more fill the last axes in order.
+    """
+    if len(grid) == 1:
+        return (start + torch.arange(grid[0]))[:, None].expand(-1, axes)
+    if len(grid) > axes:
+        raise ValueError(f"a grid of {len(grid)} dimensions needs as many axes, found {axes}")
+    mesh = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    position = torch.full((math.prod(grid), axes), start)
+    position[:, axes - len(grid) :] += torch.stack([m.flatten() for m in mesh], dim=-1)
+    return position
+
+
+def place(layout: Layout, grids: Mapping[str, tuple[int, ...]], axes: int) -> list[Placed]:
+    """Blocks and positions of every segment of one sample; `grids` is by kind, twins left out."""
+    placed: dict[str, Placed] = {}
+    clock = start = 0
+    for segment in layout.segments:
+        if segment.copies is not None:
+            original = placed[segment.copies]
+            placed[segment.kind] = replace(original, segment=segment)
+            continue
+        grid = grids[segment.kind]
+        length = math.prod(grid)
+        blocks = clock + torch.arange(length) // (segment.block or max(length, 1))
+        positions = grid_positions(grid, start, axes)
+        placed[segment.kind] = Placed(segment, blocks, positions)
+        if length:
+            clock, start = int(blocks.max()) + 1, int(positions.max()) + 1
+    return list(placed.values())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example of one task: the latent of every filled segment, by kind."""
+
+    task: str
+    latents: Mapping[str, Latent]
