@@ -23,15 +23,14 @@ whole noisy images: whatever shares one timestep).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unified.modality import Latent
-from unified.visibility import Sees, Visibility, visible
+from unified.visibility import Coordinates, Sees, Visibility, visible
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,132 @@ def place(layout: Layout, grids: Mapping[str, tuple[int, ...]], axes: int) -> li
 
 @dataclass(frozen=True)
 class Sample:
-    """One example of one task: the latent of every filled segment, by kind."""
+    """One example of one task, by the grid of each filled segment's latents."""
 
     task: str
-    latents: Mapping[str, Latent]
+    grids: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one segment of one sample lies in its modality's latents: ``latents[m][start:stop]``."""
+
+    sample: int
+    segment: Segment
+    start: int
+    stop: int
+    #: index of each position's block within the segment [stop - start], for one draw per block
+    block: Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Rows of latents, as the prior reads them.
+
+    `coordinates` and `pos_RLA` say where each position stands; `time_RL` is its timestep in [0, 1]
+    (0 is clean). `latents` holds [N, C] per modality and `where` the index of each into R * L.
+    `spans` lists the segments of sample 0, 1, ... in the order of their layout, which is also the
+    order of the latents.
+    """
+
+    visibility: Visibility
+    coordinates: Coordinates
+    pos_RLA: Tensor
+    time_RL: Tensor
+    where: dict[str, Tensor]
+    spans: list[Span]
+    latents: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, length = self.time_RL.shape
+        return rows, length
+
+    @property
+    def fill_share(self) -> float:
+        """Share of the rows' positions that hold a latent."""
+        return float((self.coordinates.sample >= 0).float().mean())
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return replace(
+            self,
+            visibility=self.visibility.to(device),
+            coordinates=self.coordinates.to(device),
+            pos_RLA=self.pos_RLA.to(device),
+            time_RL=self.time_RL.to(device),
+            where={m: w.to(device) for m, w in self.where.items()},
+            latents={m: z.to(device) for m, z in self.latents.items()},
+        )
+
+    def with_latents(self, values: Sequence[Mapping[str, Tensor]]) -> PackedBatch:
+        """This batch holding ``values[sample][kind]`` [L, C]; a twin takes what it copies."""
+        parts: dict[str, list[Tensor]] = {m: [] for m in self.where}
+        for s in self.spans:
+            kind = s.segment.copies or s.segment.kind
+            parts[s.segment.modality].append(values[s.sample][kind])
+        return replace(self, latents={m: torch.cat(p) for m, p in parts.items()})
+
+
+def pack(
+    samples: Sequence[Sample],
+    layouts: Mapping[str, Layout],
+    visibility: Visibility,
+    row_length: int,
+    axes: int,
+) -> PackedBatch:
+    """Lay samples out in as few rows of `row_length` as first-fit-decreasing finds.
+
+    Rows are cut to the longest one used. ValueError for a sample longer than a row.
+    """
+    placed = [place(layouts[s.task], s.grids, axes) for s in samples]
+    lengths = [sum(len(p.blocks) for p in sample) for sample in placed]
+    offsets, rows, width = _first_fit(lengths, row_length)
+
+    def blank(value: int) -> Tensor:
+        return torch.full((rows * width,), value, dtype=torch.int64)
+
+    sample_, table, kind, block = blank(-1), blank(0), blank(0), blank(0)
+    pos = torch.zeros(rows * width, axes, dtype=torch.int64)
+    where: dict[str, list[Tensor]] = {}
+    spans: list[Span] = []
+    taken: dict[str, int] = {}
+    for i, (sample, parts) in enumerate(zip(samples, placed, strict=True)):
+        at = offsets[i]
+        for p in parts:
+            n, modality = len(p.blocks), p.segment.modality
+            here = slice(at, at + n)
+            sample_[here], table[here] = i, visibility.table_index[sample.task]
+            kind[here], block[here] = visibility.kind_index[p.segment.kind], p.blocks
+            pos[here] = p.positions
+            start = taken.get(modality, 0)
+            spans.append(Span(i, p.segment, start, start + n, p.blocks - p.blocks[:1]))
+            where.setdefault(modality, []).append(torch.arange(at, at + n))
+            taken[modality], at = start + n, at + n
+    return PackedBatch(
+        visibility,
+        Coordinates(sample_, table, kind, block).map(lambda t: t.view(rows, width)),
+        pos.view(rows, width, axes),
+        torch.zeros(rows, width),
+        {m: torch.cat(w) for m, w in where.items()},
+        spans,
+    )
+
+
+def _first_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, int]:
+    """(start of each sample in the flattened rows, number of rows, width of a row)."""
+    used: list[int] = []
+    spot: dict[int, tuple[int, int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > row_length:
+            raise ValueError(
+                f"a sample of {lengths[i]} latents does not fit a row of {row_length}:"
+                " raise row_length, or shorten the text or the image"
+            )
+        row = next((r for r, n in enumerate(used) if n + lengths[i] <= row_length), len(used))
+        if row == len(used):
+            used.append(0)
+        spot[i] = (row, used[row])
+        used[row] += lengths[i]
+    width = max(used, default=0)
+    starts = [spot[i][0] * width + spot[i][1] for i in range(len(lengths))]
+    return starts, len(used), width

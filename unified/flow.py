@@ -1,0 +1,221 @@
+"""Flow matching: the path from latents to noise, its velocity, and the way back.
+
+The path is straight, ``z_t = (1 - t) z_0 + t eps`` for t in [0, 1], so its velocity is constant,
+``eps - z_0`` (rectified flow; paper 3.2.2 and 16.9). Training draws a timestep for each noise group,
+a block of noisy text or a whole noisy image, and regresses the velocity. Sampling integrates
+``dz/dt = v`` from t = 1 to 0.
+
+Shape legend: N positions of one modality over a batch, C channels, n positions of one span,
+g noise groups of one span.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from unified.config import FlowConfig, TimestepConfig
+from unified.sequence import Layout, PackedBatch, Span
+from unified.visibility import UNCONDITIONAL
+
+#: the network's timesteps run from 0 (clean) to 1000 (noise); everywhere else they are in [0, 1]
+TIMESTEP_SCALE = 1000
+
+
+def path(z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """``z_t = (1 - t) z_0 + t eps``; `t` broadcasts against `z0` [..., C]."""
+    return (1 - t) * z0 + t * eps
+
+
+def velocity(z0: Tensor, eps: Tensor) -> Tensor:
+    """``dz_t/dt = eps - z_0``."""
+    return eps - z0
+
+
+def clean(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """``z_0 = z_t - t v``: the data end of the straight path through z_t with velocity v."""
+    return z_t - t * v
+
+
+def draw_timesteps(count: int, config: TimestepConfig, generator: torch.Generator) -> Tensor:
+    """Timesteps [count] in [0, 1]: ``sigmoid(loc + scale n)``, n normal (16.5-16.8), or uniform."""
+    if config.distribution == "uniform":
+        return torch.rand(count, generator=generator)
+    return torch.sigmoid(config.loc + config.scale * torch.randn(count, generator=generator))
+
+
+def round_timesteps(t: Tensor, rounding: str) -> Tensor:
+    """`t` on the grid that the network is to see, in its units of 1/1000."""
+    if rounding == "integer":
+        return (t * TIMESTEP_SCALE).round() / TIMESTEP_SCALE
+    if rounding == "bfloat16":
+        return (t * TIMESTEP_SCALE).to(torch.bfloat16).to(t.dtype) / TIMESTEP_SCALE
+    return t
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about the positions of one modality, all [N] (noise [N, C]).
+
+    `noisy` is where the loss counts: a noisy position that is not in a clean left part.
+    """
+
+    noise_NC: Tensor
+    time_N: Tensor
+    noisy_N: Tensor
+    unconditional_N: Tensor
+    weight_N: Tensor
+
+    def to(self, device: torch.device | str) -> Draws:
+        return Draws(*(t.to(device) for t in self.tensors))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.noise_NC, self.time_N, self.noisy_N, self.unconditional_N, self.weight_N
+
+    @staticmethod
+    def cat(parts: Sequence[Draws]) -> Draws:
+        columns = zip(*(d.tensors for d in parts), strict=True)
+        return Draws(*(torch.cat(column) for column in columns))
+
+
+class FlowMatching:
+    """Corruption and loss of training (paper 3.2.2), as a function of each sample's generator."""
+
+    def __init__(self, config: FlowConfig, layouts: Mapping[str, Layout]):
+        self.config = config
+        self.layouts = layouts
+
+    def draw(
+        self,
+        batch: PackedBatch,
+        tasks: Sequence[str],
+        channels: Mapping[str, int],
+        generators: Sequence[torch.Generator],
+    ) -> dict[str, Draws]:
+        """All chance of a batch: ``tasks[i]`` and ``generators[i]`` belong to sample i."""
+        drawn: dict[str, list[Draws]] = {m: [] for m in batch.where}
+        for span in batch.spans:
+            m = span.segment.modality
+            rate = self.layouts[tasks[span.sample]].unconditional_rate
+            drawn[m].append(self._draw_span(span, channels[m], rate, generators[span.sample]))
+        return {m: Draws.cat(parts) for m, parts in drawn.items()}
+
+    def _draw_span(
+        self, span: Span, channels: int, rate: float, generator: torch.Generator
+    ) -> Draws:
+        n = span.stop - span.start
+        if span.segment.noise == "clean" or n == 0:
+            no, zero = torch.zeros(n, dtype=torch.bool), torch.zeros(n)
+            return Draws(torch.zeros(n, channels), zero, no, no, zero)
+        group_n = span.block if span.segment.noise == "block" else torch.zeros_like(span.block)
+        groups = int(group_n.max()) + 1
+        timesteps = self.config.timesteps.get(span.segment.modality, TimestepConfig())
+        t_g = draw_timesteps(groups, timesteps, generator)
+        t_g = round_timesteps(t_g, self.config.round_timesteps)
+        unconditional_g = torch.rand(groups, generator=generator) < rate
+        known_n = self._known(span, group_n, groups, generator)
+        noise_nc = torch.randn(n, channels, generator=generator)
+        return Draws(
+            noise_nc,
+            torch.where(known_n, 0.0, t_g[group_n]),
+            ~known_n,
+            unconditional_g[group_n],
+            torch.full((n,), span.segment.weight),
+        )
+
+    def _known(
+        self, span: Span, group_n: Tensor, groups: int, generator: torch.Generator
+    ) -> Tensor:
+        """Positions of a clean left part: in some blocks 1 .. length-1 latents stay clean (5.2)."""
+        chosen_g = torch.rand(groups, generator=generator) < self.config.clean_prefix_rate
+        share_g = torch.rand(groups, generator=generator)
+        if span.segment.noise != "block":
+            return torch.zeros_like(group_n, dtype=torch.bool)
+        length_g = torch.bincount(group_n, minlength=groups)
+        left_g = 1 + (share_g * (length_g - 1).clamp(min=1)).long()
+        left_g = torch.where(chosen_g & (length_g > 1), left_g, 0)
+        starts_g = torch.cumsum(length_g, 0) - length_g
+        within_n = torch.arange(len(group_n)) - starts_g[group_n]
+        return within_n < left_g[group_n]
+
+    def corrupt(
+        self, batch: PackedBatch, draws: Mapping[str, Draws]
+    ) -> tuple[PackedBatch, dict[str, Tensor]]:
+        """The batch on the path at its timesteps, and the target velocity [N, C] per modality.
+
+        Clean history never carries a gradient (eq. 3.17); the noisy block and the target do as
+        the configuration says.
+        """
+        latents, targets = {}, {}
+        time_RL, kind_RL = batch.time_RL.clone(), batch.coordinates.kind.clone()
+        for m, z0 in batch.latents.items():
+            d, held = draws[m], z0.detach()
+            through = z0 if self.config.grad_through_noisy else held
+            z_t = path(through, d.noise_NC, d.time_N[:, None])
+            latents[m] = torch.where(d.noisy_N[:, None], z_t, held)
+            targets[m] = velocity(z0 if self.config.grad_through_target else held, d.noise_NC)
+            time_RL.view(-1)[batch.where[m]] = d.time_N.to(time_RL)
+            relabelled = batch.where[m][d.unconditional_N]
+            kind_RL.view(-1)[relabelled] = batch.visibility.kind_index[UNCONDITIONAL]
+        coordinates = replace(batch.coordinates, kind=kind_RL)
+        return replace(batch, latents=latents, time_RL=time_RL, coordinates=coordinates), targets
+
+    @staticmethod
+    def counts(draws: Mapping[str, Draws]) -> dict[str, float]:
+        """Number of loss positions per modality."""
+        return {f"flow/{m}": float(d.noisy_N.sum()) for m, d in draws.items()}
+
+    @staticmethod
+    def loss(
+        velocities: Mapping[str, Tensor], targets: Mapping[str, Tensor], draws: Mapping[str, Draws]
+    ) -> dict[str, Tensor]:
+        """Sum over loss positions of the weighted channel-mean squared error, per modality."""
+        return {
+            f"flow/{m}": flow_errors(velocities[m], targets[m], d).sum() for m, d in draws.items()
+        }
+
+
+def flow_errors(velocity_NC: Tensor, target_NC: Tensor, draws: Draws) -> Tensor:
+    """Weighted squared error of each position [N]; 0 where the loss does not count."""
+    wide = torch.promote_types(velocity_NC.dtype, torch.float32)
+    error_N = (velocity_NC.to(wide) - target_NC.to(wide)).square().mean(-1)
+    return error_N * draws.weight_N.to(wide) * draws.noisy_N
+
+
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+def euler_step(field: Field, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One explicit Euler step of ``dz/dt = field(z, t)`` from `t` to `t_next`."""
+    return z + (t_next - t) * field(z, t)
+
+
+def heun_step(field: Field, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """One step of Heun's method (second order, two evaluations)."""
+    first = field(z, t)
+    second = field(z + (t_next - t) * first, t_next)
+    return z + (t_next - t) * 0.5 * (first + second)
+
+
+SOLVERS: dict[str, Callable[[Field, Tensor, Tensor, Tensor], Tensor]] = {
+    "euler": euler_step,
+    "heun": heun_step,
+}
+
+
+def integrate(field: Field, z: Tensor, num_steps: int, solver: str = "euler") -> Tensor:
+    """``z`` carried from t = 1 to t = 0 in `num_steps` equal steps, in at least float32."""
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, found {num_steps}")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    times = torch.linspace(1, 0, num_steps + 1, dtype=z.dtype, device=z.device)
+    for t, t_next in pairwise(times):
+        z = SOLVERS[solver](field, z, t, t_next)
+    return z

@@ -1,0 +1,91 @@
+"""From the parts of a configuration to plugin classes and tasks, and whether they fit together.
+
+The schema (`unified.config`) leaves a plugin's own keys unread; here the part's ``type`` is
+resolved and the rest is validated by the class's own ``Config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from unified.config import Config, PluginPart
+from unified.errors import Keys, did_you_mean, validated
+from unified.registry import Group, resolve
+
+if TYPE_CHECKING:
+    from unified.modality import Modality, PluginConfig
+    from unified.task import Task
+
+
+def plugin(
+    group: Group, part: PluginPart, at: Keys, trust_remote_code: bool = False, source: str = ""
+) -> tuple[Any, PluginConfig]:
+    """(class, its configuration) of one part; `at` is the part's place, for error messages."""
+    cls: Any = resolve(group, part.type, trust_remote_code)
+    return cls, validated(cls.Config, part.options, at, source)
+
+
+def modality_plugins(
+    config: Config, trust_remote_code: bool = False, source: str = ""
+) -> dict[str, tuple[type[Modality], PluginConfig]]:
+    """Name -> (class, its configuration), ready for ``cls.build(configuration, corpus)``."""
+    return {
+        name: plugin("modality", part, ("modalities", name), trust_remote_code, source)
+        for name, part in config.modalities.items()
+    }
+
+
+def build_tasks(
+    config: Config, trust_remote_code: bool = False, source: str = ""
+) -> dict[str, Task]:
+    """Name -> task, for every configured task."""
+    tasks = {}
+    for name, part in config.tasks.items():
+        cls, options = plugin("task", part, ("tasks", name), trust_remote_code, source)
+        tasks[name] = cls(options)
+    return tasks
+
+
+def validate_plugins(config: Config, source: str = "", trust_remote_code: bool = False) -> None:
+    """Check that the parts fit together; ValueError names the two that do not.
+
+    Plugins' own keys are known ones; tasks and stages name modalities and sources that exist;
+    something is learned in every joint stage. `source` is the file, for error messages.
+    """
+    modality_plugins(config, trust_remote_code, source)
+    tasks = build_tasks(config, trust_remote_code, source)
+    for name, task in tasks.items():
+        for segment in task.layout.segments:
+            _known(segment.modality, config.modalities, f"task {name}", "modality")
+        _known(task.config.source, config.data.sources, f"task {name}", "data source")
+        if task.config.ratio < 0:
+            raise ValueError(f"task {name} has ratio {task.config.ratio}; it should be 0 or more")
+    for modality in config.flow.timesteps:
+        _known(modality, config.modalities, "flow.timesteps", "modality")
+    _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
+
+
+def _validate_stages(config: Config, ratios: float) -> None:
+    for stage in config.stages:
+        where = f"stage {stage.name}"
+        if stage.modality is not None:
+            _known(stage.modality, config.modalities, where, "modality")
+        for modality in stage.loss.modality:
+            _known(modality, config.modalities, f"{where}, loss.modality", "modality")
+        for name in stage.sources:
+            _known(name, config.data.sources, where, "data source")
+        shares = ratios if stage.objective == "joint" else sum(stage.sources.values())
+        if shares <= 0:
+            parts = "tasks" if stage.objective == "joint" else "sources"
+            raise ValueError(
+                f"{where} has a zero-weight objective: no {parts} with a ratio above 0"
+            )
+
+
+def _known(name: str, known: Iterable[str], where: str, what: str) -> None:
+    if name not in known:
+        raise ValueError(
+            f"{where} names the {what} {name!r}, which is not configured;"
+            f" {did_you_mean(name, known)}"
+        )

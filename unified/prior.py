@@ -1,0 +1,235 @@
+"""The prior: a block-causal MMDiT that predicts the velocity of every latent in a packed batch.
+
+    latents of each modality --> in-projection --+
+                                                 |  multi-stream blocks: weights per modality,
+                                                 |  one joint attention under the visibility table
+                                                 v
+                                       single-stream blocks: the same block, one set of weights
+                                                 |
+    velocity of each modality <-- out-projection-+
+
+A block is the official Cola DLM block: parameter-free LayerNorm and shift-and-scale before each
+branch, a gate after it, per-head LayerNorm on queries and keys, partial rotary embedding,
+GELU-tanh MLP. With one modality and no multi-stream blocks this is exactly the text-only model.
+Timesteps repeat (one per block; all clean positions share t = 0), so modulation is computed once
+per *distinct* timestep and looked up per position.
+
+Shape legend: R rows, L positions of a row, A axes, N positions of one stream, C channels of a
+modality, W width, H heads, D channels of a head, T distinct timesteps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unified.attention import Seen, attend, see
+from unified.cache import KVCache
+from unified.config import PriorConfig
+from unified.layers import (
+    FeedForward,
+    LayerNorm,
+    TimestepEmbedding,
+    layer_norm,
+    modulate,
+    rotary_angles,
+    rotate,
+    wide,
+)
+from unified.sequence import PackedBatch
+
+#: name of the single stream that all modalities share
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass shares.
+
+    `where` says which of the R * L positions a stream holds; `index` [R * L] is the place of
+    each position's timestep among the distinct ones, whose embeddings (after SiLU) are `c_TW`, and
+    `t` [N] the same for the positions of a stream.
+    """
+
+    shape: tuple[int, int]
+    where: Mapping[str, Tensor | slice]
+    t: Mapping[str, Tensor]
+    index: Tensor
+    c_TW: Tensor
+    angles: tuple[Tensor, Tensor]
+    seen: Seen
+    cache: KVCache | None
+    commit: bool
+
+
+class Stream(nn.Module):
+    """The weights with which one block treats one stream."""
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        width, inner = config.width, config.heads * config.head_dim
+        self.eps, self.heads = config.norm_eps, config.heads
+        self.attention_in = nn.Linear(width, 2 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, 2 * width)
+        self.mlp_out = nn.Linear(width, width)
+        self.proj_qkv = nn.Linear(width, 3 * inner, bias=config.qk_bias)
+        self.norm_q = LayerNorm(config.head_dim, eps=config.norm_eps)
+        self.norm_k = LayerNorm(config.head_dim, eps=config.norm_eps)
+        self.proj_out = nn.Linear(inner, width, bias=config.qk_bias)
+        self.mlp = FeedForward(width, config.mlp_ratio)
+
+    def qkv(self, x_NW: Tensor, c_TW: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys, and values, each [N, H, D]."""
+        y_NW = modulate(layer_norm(x_NW, self.eps), self.attention_in(c_TW), t_N)
+        q, k, v = self.proj_qkv(y_NW).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.norm_q(q), self.norm_k(k), v
+
+    def finish(self, x_NW: Tensor, out_NHD: Tensor, c_TW: Tensor, t_N: Tensor) -> Tensor:
+        """Add the gated attention branch, then the gated MLP branch."""
+        x_NW = x_NW + wide(self.attention_out(c_TW))[t_N] * self.proj_out(out_NHD.flatten(-2))
+        y_NW = modulate(layer_norm(x_NW, self.eps), self.mlp_in(c_TW), t_N)
+        return x_NW + wide(self.mlp_out(c_TW))[t_N] * self.mlp(y_NW)
+
+
+class Block(nn.Module):
+    """One block over one or more streams, which meet in a joint attention."""
+
+    def __init__(self, config: PriorConfig, streams: list[str], layer: int):
+        super().__init__()
+        self.layer = layer
+        self.streams = nn.ModuleDict({name: Stream(config) for name in streams})
+
+    def forward(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
+        parts = {
+            m: self.streams[m].qkv(x_NW, context.c_TW, context.t[m])  # type: ignore[operator]
+            for m, x_NW in x.items()
+        }
+        q, k, v = (
+            gather_rows({m: p[i] for m, p in parts.items()}, context.where, context.shape)
+            for i in range(3)
+        )
+        q, k = rotate(q, context.angles), rotate(k, context.angles)
+        if context.cache is not None:
+            k, v = context.cache.read(self.layer, k, v)
+            if context.commit:
+                context.cache.write(self.layer, k, v)
+        out = attend(q, k, v, context.seen).flatten(0, 1)
+        return {
+            m: self.streams[m].finish(  # type: ignore[operator]
+                x_NW, out[context.where[m]], context.c_TW, context.t[m]
+            )
+            for m, x_NW in x.items()
+        }
+
+
+class Head(nn.Module):
+    """The out-projection of one modality: affine LayerNorm, modulation, Linear to C channels."""
+
+    def __init__(self, config: PriorConfig, channels: int):
+        super().__init__()
+        self.norm = LayerNorm(config.width, eps=config.norm_eps)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.proj = nn.Linear(config.width, channels)
+
+    def forward(self, x_NW: Tensor, c_TW: Tensor, t_N: Tensor) -> Tensor:
+        return self.proj(modulate(self.norm(x_NW), self.modulation(c_TW), t_N))
+
+
+class Prior(nn.Module):
+    """The block-causal MMDiT. `channels` maps each modality to the width of its latents."""
+
+    def __init__(self, config: PriorConfig, channels: Mapping[str, int]):
+        super().__init__()
+        if config.rope_dim % 2 or config.rope_dim > config.head_dim:
+            raise ValueError(
+                f"prior.rope_dim must be even and at most head_dim {config.head_dim},"
+                f" found {config.rope_dim}"
+            )
+        self.config, self.channels = config, dict(channels)
+        self.project_in = nn.ModuleDict(
+            {m: nn.Linear(c, config.width) for m, c in channels.items()}
+        )
+        self.timestep = TimestepEmbedding(config.width)
+        depth = config.multi_stream_depth + config.single_stream_depth
+        self.blocks = nn.ModuleList(
+            Block(config, list(channels) if i < config.multi_stream_depth else [SHARED], i)
+            for i in range(depth)
+        )
+        self.project_out = nn.ModuleDict({m: Head(config, c) for m, c in channels.items()})
+        self.initialise()
+
+    def initialise(self) -> None:
+        """AdaLN-zero: every block starts as the identity, the velocity as 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for stream in (m for m in self.modules() if isinstance(m, Stream)):
+            for gate in (stream.attention_in, stream.attention_out, stream.mlp_in, stream.mlp_out):
+                nn.init.zeros_(gate.weight)
+        for head in (m for m in self.modules() if isinstance(m, Head)):
+            nn.init.zeros_(head.modulation.weight)
+            nn.init.zeros_(head.proj.weight)
+
+    def forward(self, batch: PackedBatch, cache: KVCache | None = None) -> dict[str, Tensor]:
+        """Velocity [N, C] of every latent, per modality; `cache` is read, not written."""
+        x, context = self._run(batch, cache, commit=False)
+        return {
+            m: self.project_out[m](x[context.where[m]], context.c_TW, context.t[m])
+            for m in batch.latents
+        }
+
+    def commit(self, batch: PackedBatch, cache: KVCache) -> None:
+        """Write the (clean) latents of `batch` into `cache`."""
+        self._run(batch, cache, commit=True)
+        cache.coordinates = cache.keys(batch.coordinates)
+
+    def _run(
+        self, batch: PackedBatch, cache: KVCache | None, commit: bool
+    ) -> tuple[Tensor, Context]:
+        """All blocks: features [R * L, W] and the context they were computed in."""
+        context = self._context(batch, cache, commit)
+        x = {m: wide(self.project_in[m](z)) for m, z in batch.latents.items()}
+        cut = self.config.multi_stream_depth
+        for block in self.blocks[:cut]:
+            x = block(x, context)
+        x_NW = gather_rows(x, context.where, context.shape).flatten(0, 1)
+        single = replace(context, where={SHARED: slice(None)}, t={SHARED: context.index})
+        for block in self.blocks[cut:]:
+            x_NW = block({SHARED: x_NW}, single)[SHARED]
+        return x_NW, context
+
+    def _context(self, batch: PackedBatch, cache: KVCache | None, commit: bool) -> Context:
+        times_T, index_RL = torch.unique(batch.time_RL, return_inverse=True)
+        index = index_RL.flatten()
+        keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
+        return Context(
+            shape=batch.shape,
+            where={m: batch.where[m] for m in batch.latents},
+            t={m: index[batch.where[m]] for m in batch.latents},
+            index=index,
+            c_TW=F.silu(self.timestep(times_T)),
+            angles=rotary_angles(batch.pos_RLA, self.config.rope_dim),
+            seen=see(batch.visibility, batch.coordinates, keys),
+            cache=cache,
+            commit=commit,
+        )
+
+
+def gather_rows(
+    parts: Mapping[str, Tensor], where: Mapping[str, Tensor | slice], shape: tuple[int, int]
+) -> Tensor:
+    """Streams [N, ...] put to their places in rows [R, L, ...]; padding is 0."""
+    if SHARED in parts:
+        return parts[SHARED].unflatten(0, shape)
+    first = next(iter(parts.values()))
+    out = first.new_zeros(shape[0] * shape[1], *first.shape[1:])
+    for m, x in parts.items():
+        out[where[m]] = x
+    return out.unflatten(0, shape)

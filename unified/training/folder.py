@@ -1,0 +1,83 @@
+"""The run folder: one folder is one run, and one run is one configuration.
+
+    config.yaml        the resolved configuration
+    metrics.jsonl      one line a logged step
+    trackers/          what TensorBoard and others read
+    initial/           the pipeline before its first step
+    stages/STAGE/      the pipeline after each stage
+    checkpoints/       where the current stage continues from
+    samples/STAGE-STEP/
+    final/             the finished pipeline
+
+The same command on an existing run folder continues the run, so its configuration must be the same
+but for what does not change the weights that a step arrives at.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unified.config import Config
+from unified.weights import write_text
+
+#: dotted keys that may change between the sittings of one run: its length, and what it reports
+MAY_CHANGE = re.compile(
+    r"run\.dir|stages\.\d+\.steps|data\.workers|generation\..*|training\.(max_steps|save_every|"
+    r"log_every|validate_every|sample_every|trackers.*)"
+)
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) of nested mappings and lists."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        if isinstance(inner, dict | list) and inner:
+            yield from flatten(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One phrase for each key that may not change and did."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    keys = [*before, *(k for k in after if k not in before)]
+    changed = [k for k in keys if before.get(k) != after.get(k) and not MAY_CHANGE.fullmatch(k)]
+    return [f"{k} ({before.get(k)!r} then, {after.get(k)!r} now)" for k in changed]
+
+
+class RunFolder:
+    """The paths of a run, and the configuration that is stored there."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.trackers = self.path / "trackers"
+        self.initial = self.path / "initial"
+        self.stages = self.path / "stages"
+        self.checkpoints = self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.final = self.path / "final"
+
+    def check(self, config: Config) -> None:
+        """ValueError if the folder holds a run of another configuration."""
+        if not self.config.is_file():
+            return
+        old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        changed = differences(old, config.model_dump(mode="json"))
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run of another configuration: {', '.join(changed[:3])}"
+                f"{' and more' if len(changed) > 3 else ''}; choose another run.dir, or the same"
+                " configuration to continue it"
+            )
+
+    def write_config(self, config: Config) -> None:
+        """Store the resolved configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
