@@ -1,19 +1,16 @@
 """One schema for every configuration file.
 
-A configuration is YAML with single inheritance (``extends: other.yaml``, found beside the file or
-among the shipped ones) and dotted overrides (``training.lr=3e-4``). Unknown keys are errors that
-suggest the nearest known one. Plugins (modalities, tasks) own the schema of their part: the part's
-``type`` names the plugin, and the rest is validated by the plugin's own ``Config`` when it is built.
+`unified.configuring` reads it from YAML with ``extends:`` and dotted overrides; unknown keys are
+errors that suggest the nearest known one. Plugins (modalities, tasks) own the schema of their part:
+the part's ``type`` names the plugin, and the rest is validated by the plugin's own ``Config`` when
+it is built (`unified.plugins`). Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-SHIPPED = Path(__file__).parent / "configs"
 
 
 class Part(BaseModel):

@@ -112,9 +112,8 @@ def _remove_nulls(tree: Tree) -> None:
 
 def _paths(node: Any, at: Keys = ()) -> Iterator[Keys]:
     yield at
-    items = node.items() if isinstance(node, dict) else ()
-    items = enumerate(node) if isinstance(node, list) else items
-    for key, value in items:
+    children = dict(enumerate(node)) if isinstance(node, list) else node
+    for key, value in children.items() if isinstance(children, dict) else ():
         yield from _paths(value, (*at, str(key)))
 
 

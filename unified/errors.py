@@ -20,11 +20,11 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: the nearest known ones, or all of them."""
+    """The end of a sentence about an unknown `name`: the nearest known one, or all of them."""
     known = sorted(known)
-    near = get_close_matches(name, known, n=2)
+    near = get_close_matches(name, known, n=1)
     if near:
-        return f"did you mean {' or '.join(near)}?"
+        return f"did you mean {near[0]}?"
     return f"known: {', '.join(known) or 'none'}"
 
 
@@ -56,7 +56,8 @@ def _sentence(mistake: Any, model: type[BaseModel], at: Keys, keys: Keys) -> str
     if kind == "value_error":
         return str(mistake["ctx"]["error"])
     if text.startswith("Input should"):
-        return f"{key} is {mistake['input']!r} but should{text.removeprefix('Input should')}"
+        text = text.removeprefix("Input ").partition(" or instance of")[0]
+        return f"{key} is {mistake['input']!r} but {text.replace('valid dictionary', 'mapping')}"
     return f"{key}: {text}"
 
 
@@ -67,10 +68,11 @@ def _nearest(keys: Keys, model: type[BaseModel], at: Keys) -> str:
     siblings = [
         path[-1]
         for path in known
-        if len(path) == len(keys) and all(p in ("*", k) for p, k in zip(path, parents, strict=False))
+        if len(path) == len(keys)
+        and all(p in ("*", k) for p, k in zip(path, parents, strict=False))
     ]
     near = [".".join(at + path) for path in known if path[-1] == name]
-    near += [".".join((*at, *parents, s)) for s in get_close_matches(name, siblings, n=2)]
+    near += [".".join((*at, *parents, s)) for s in get_close_matches(name, siblings, n=1)]
     if near:
         return f"did you mean {' or '.join(near[:3])}?"
     return f"known here: {', '.join(sorted(siblings)) or 'none'}"

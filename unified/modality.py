@@ -96,6 +96,11 @@ class Modality(nn.Module, ABC):
     def channels(self) -> int:
         """Width C of a latent."""
 
+    @property
+    def frozen(self) -> bool:
+        """True for an autoencoder that no joint stage should train (a pretrained codec)."""
+        return False
+
     # ---- items and observations: no network involved ------------------------------------------
 
     @abstractmethod

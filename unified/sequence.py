@@ -130,11 +130,18 @@ def grid_positions(grid: tuple[int, ...], start: int, axes: int) -> Tensor:
     return position
 
 
-def place(layout: Layout, grids: Mapping[str, tuple[int, ...]], axes: int) -> list[Placed]:
+def place(
+    layout: Layout,
+    grids: Mapping[str, tuple[int, ...]],
+    axes: int,
+    clock: int = 0,
+    start: int = 0,
+) -> list[Placed]:
     """Blocks and positions of every segment of one sample; `grids` is by kind, twins left out."""
     placed: dict[str, Placed] = {}
-    clock = start = 0
     for segment in layout.segments:
+        if (segment.copies or segment.kind) not in grids:
+            continue
         if segment.copies is not None:
             original = placed[segment.copies]
             placed[segment.kind] = replace(original, segment=segment)
@@ -151,10 +158,16 @@ def place(layout: Layout, grids: Mapping[str, tuple[int, ...]], axes: int) -> li
 
 @dataclass(frozen=True)
 class Sample:
-    """One example of one task, by the grid of each filled segment's latents."""
+    """One example of one task, by the grid of each filled segment's latents.
+
+    A segment without a grid is absent. The block clock and the positions begin at `clock` and
+    `start`, so that generation can place a later part of a sample on its own.
+    """
 
     task: str
     grids: Mapping[str, tuple[int, ...]]
+    clock: int = 0
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -221,16 +234,21 @@ def pack(
     samples: Sequence[Sample],
     layouts: Mapping[str, Layout],
     visibility: Visibility,
-    row_length: int,
+    row_length: int | None,
     axes: int,
 ) -> PackedBatch:
     """Lay samples out in as few rows of `row_length` as first-fit-decreasing finds.
 
-    Rows are cut to the longest one used. ValueError for a sample longer than a row.
+    Without a `row_length`, sample i has row i to itself. Rows are cut to the longest one used.
+    ValueError for a sample longer than a row.
     """
-    placed = [place(layouts[s.task], s.grids, axes) for s in samples]
+    placed = [place(layouts[s.task], s.grids, axes, s.clock, s.start) for s in samples]
     lengths = [sum(len(p.blocks) for p in sample) for sample in placed]
-    offsets, rows, width = _first_fit(lengths, row_length)
+    if row_length is None:
+        rows, width = len(samples), max(lengths)
+        offsets = [i * width for i in range(rows)]
+    else:
+        offsets, rows, width = _first_fit(lengths, row_length)
 
     def blank(value: int) -> Tensor:
         return torch.full((rows * width,), value, dtype=torch.int64)

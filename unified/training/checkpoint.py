@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,20 +29,14 @@ from unified.weights import assign, named_tensors, read_file, written_whole
 KEEP = 2
 
 
-class Resumable(Protocol):
-    """What has a position that a checkpoint must hold: the data."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass
 class Progress:
-    """How far a stage has come. `best_*` is the lowest ``val/loss`` so far."""
+    """How far a stage has come. `data` is the data's state after `step` steps (its own is ahead, as
+    it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far."""
 
     step: int = 0
     seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_loss: float | None = None
 
@@ -58,7 +52,6 @@ class Trained:
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA | None
-    data: Resumable
     progress: Progress = field(default_factory=Progress)
 
 
@@ -101,7 +94,6 @@ def save(folder: Path, trained: Trained) -> Path:
         state = {
             "stage": trained.stage,
             "progress": asdict(trained.progress),
-            "data": trained.data.state_dict(),
             "files": {p.name: p.stat().st_size for p in sorted(partial.iterdir())},
         }
         (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
@@ -156,5 +148,4 @@ def load(path: Path, trained: Trained) -> None:
         assign(trained.ema.shadow, read_file(ema), ema)
     tensors = read_file(path / "optimizer.safetensors")
     restore_optimizer(trained.optimizer, trained.objective, tensors)
-    trained.data.load_state_dict(state["data"])
     trained.progress = Progress(**state["progress"])

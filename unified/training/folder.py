@@ -4,7 +4,7 @@
     metrics.jsonl      one line a logged step
     trackers/          what TensorBoard and others read
     initial/           the pipeline before its first step
-    stages/STAGE/      the pipeline after each stage
+    stages/STAGE/      the pipeline after each stage (finished.json: how many steps each took)
     checkpoints/       where the current stage continues from
     samples/STAGE-STEP/
     final/             the finished pipeline
@@ -15,14 +15,14 @@ but for what does not change the weights that a step arrives at.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unified.config import Config
+from unified.configuring import dump_config, load_config
 from unified.weights import write_text
 
 #: dotted keys that may change between the sittings of one run: its length, and what it reports
@@ -68,8 +68,8 @@ class RunFolder:
         """ValueError if the folder holds a run of another configuration."""
         if not self.config.is_file():
             return
-        old = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        changed = differences(old, config.model_dump(mode="json"))
+        old = load_config(self.config)
+        changed = differences(old.model_dump(mode="json"), config.model_dump(mode="json"))
         if changed:
             raise ValueError(
                 f"{self.path} holds a run of another configuration: {', '.join(changed[:3])}"
@@ -80,4 +80,15 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Store the resolved configuration."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_text(self.config, dump_config(config))
+
+    @property
+    def finished(self) -> dict[str, int]:
+        """Finished stage -> the steps it took."""
+        record = self.stages / "finished.json"
+        return dict(json.loads(record.read_text("utf-8"))) if record.is_file() else {}
+
+    def finish(self, stage: str, steps: int) -> None:
+        """Record, once its pipeline is in ``stages/``, that a stage is finished."""
+        record = {**self.finished, stage: steps}
+        write_text(self.stages / "finished.json", json.dumps(record, indent=2) + "\n")

@@ -33,7 +33,7 @@ def tracker_names(names: list[str]) -> list[str]:
     """`names`, once all of them are known to be installed (accelerate drops others silently)."""
     from accelerate.tracking import get_available_trackers
 
-    available = sorted(get_available_trackers())
+    available = sorted(tracker.value for tracker in get_available_trackers())
     for name in names:
         if name not in available:
             raise ValueError(

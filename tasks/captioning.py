@@ -1,0 +1,79 @@
+"""Captioning: an instruction and an observed item are given, text answers.
+
+    P   instruction      I   observed item      C   clean answer      N   its noisy twin
+
+P is a kind of its own so that neither it nor I can see the answer, while the encoding of I still
+depends on what is asked. P and I are fixed context: one clean block each. (Blocks of 2:)
+
+        P P I I C C C C N N N N
+      P # # # # . . . . . . . .
+      P # # # # . . . . . . . .
+      I # # # # . . . . . . . .
+      I # # # # . . . . . . . .
+      C # # # # # # . . . . . .
+      C # # # # # # . . . . . .
+      C # # # # # # # # . . . .
+      C # # # # # # # # . . . .
+      N # # # # . . . . # # . .
+      N # # # # . . . . # # . .
+      N # # # # # # . . . . # #
+      N # # # # # # . . . . # #
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from unified.sequence import Layout, Segment
+from unified.task import Task, TaskConfig
+from unified.tasks.example import take
+from unified.visibility import ALL, BEFORE, SAME, UP_TO
+
+
+class CaptioningConfig(TaskConfig):
+    #: name of the modality of the instruction and the answer
+    text: str = "text"
+    #: name of the modality that is described
+    observes: str = "image"
+    instruction: str = "Describe the image."
+    #: latents per block of the answer
+    block: int = Field(16, gt=0)
+
+
+class Captioning(Task):
+    Config: ClassVar[type[TaskConfig]] = CaptioningConfig
+    config: CaptioningConfig
+
+    @property
+    def layout(self) -> Layout:
+        text, block = self.config.text, self.config.block
+        given = {"P": ALL, "I": ALL}
+        return Layout(
+            segments=(
+                Segment("P", text),
+                Segment("I", self.config.observes),
+                Segment("C", text, block=block),
+                Segment("N", text, noise="block", copies="C", block=block),
+            ),
+            sees={
+                "P": given,
+                "I": given,
+                "C": {**given, "C": UP_TO},
+                "N": {**given, "C": BEFORE, "N": SAME},
+            },
+            unconditional_rate=self.config.unconditional_rate,
+        )
+
+    @property
+    def generates(self) -> str:
+        return "C"
+
+    def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "P": self.config.instruction,
+            "I": take(example, self.config.observes, "captioning"),
+            "C": take(example, self.config.text, "captioning"),
+        }

@@ -1,0 +1,176 @@
+"""Checkpoints: exact continuation, and nothing read that is not whole and of the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from toy_stage import lines, stage_config, toy, training_config
+
+from unified.config import IntervalConfig
+from unified.training import checkpoint
+from unified.training.loop import Stage, train_stage
+from unified.weights import load_weights, named_tensors, read_file, save_weights, written_whole
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def everything(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint."""
+    path = checkpoint.newest(folder / "checkpoints", "toy")
+    assert path is not None
+    return {
+        f"{file.stem}:{name}": tensor
+        for file in path.glob("*.safetensors")
+        for name, tensor in read_file(file).items()
+    }
+
+
+class Killed(Exception):
+    """The machine went away."""
+
+
+def killed_at(stage: Stage, step: int) -> Stage:
+    """`stage`, which dies in the forward of `step` (from 0)."""
+    forward, calls = stage.objective.forward, iter(range(1000))
+
+    def dying(plan: object) -> dict[str, Tensor]:
+        if next(calls) == step * stage.config.accumulate:
+            raise Killed
+        return forward(plan)
+
+    stage.objective.forward = dying  # type: ignore[method-assign]
+    return stage
+
+
+@pytest.mark.parametrize("died_at", [3, 5])
+def test_a_killed_run_continues_bit_for_bit(
+    tmp_path: Path, accelerator: Accelerator, died_at: int
+) -> None:
+    settings = {"interval": IntervalConfig(train=2, freeze=2), "accumulate": 2}
+    dropout = {"dropout": 0.3}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    train_stage(toy(straight, stage_config(**settings), objective=dropout), accelerator)
+    with pytest.raises(Killed):
+        train_stage(
+            killed_at(toy(broken, stage_config(**settings), objective=dropout), died_at),
+            accelerator,
+        )
+    train_stage(toy(broken, stage_config(**settings), objective=dropout), accelerator)
+    one, two = everything(straight), everything(broken)
+    assert one.keys() == two.keys()
+    assert all(one[name].equal(two[name]) for name in one)
+    timing = {"seconds", "examples_per_s"}
+    compared = [
+        [{k: v for k, v in line.items() if k not in timing} for line in lines(f)]
+        for f in (straight, broken)
+    ]
+    assert compared[0] == compared[1]
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path: Path, accelerator: Accelerator) -> None:
+    stage = toy(tmp_path, stage_config(steps=8), training_config(save_every=1, validate_every=1))
+    stage.validate = lambda step: {"loss": abs(step - 2.0)}
+    train_stage(stage, accelerator)
+    found = checkpoint.steps(tmp_path / "checkpoints", "toy")
+    assert list(found) == [2, 7, 8]
+    state = checkpoint.read_state(found[8])
+    assert state is not None
+    assert state["progress"]["best_step"] == 2
+
+
+def test_the_best_is_saved_between_regular_saves(tmp_path: Path, accelerator: Accelerator) -> None:
+    stage = toy(tmp_path, None, training_config(save_every=6, validate_every=2))
+    stage.validate = lambda step: {"loss": abs(step - 2.0)}
+    train_stage(stage, accelerator)
+    assert list(checkpoint.steps(tmp_path / "checkpoints", "toy")) == [2, 6]
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no state"])
+def test_an_incomplete_checkpoint_is_never_read(
+    tmp_path: Path, accelerator: Accelerator, damage: str
+) -> None:
+    train_stage(toy(tmp_path), accelerator)
+    path = tmp_path / "checkpoints" / "toy-6"
+    if damage == "cut":
+        data = (path / "ema.safetensors").read_bytes()
+        (path / "ema.safetensors").write_bytes(data[:-7])
+    else:
+        (path / {"missing": "optimizer.safetensors", "no state": "state.json"}[damage]).unlink()
+    assert checkpoint.newest(tmp_path / "checkpoints", "toy") == path.with_name("toy-3")
+    assert train_stage(toy(tmp_path), accelerator).step == 6
+    assert checkpoint.newest(tmp_path / "checkpoints", "toy") == path
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "a") as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(Killed), written_whole(tmp_path / "a") as folder:
+        (folder / "x").write_text("new")
+        raise Killed
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "old"
+
+
+def test_nothing_is_pickled(tmp_path: Path, accelerator: Accelerator) -> None:
+    train_stage(toy(tmp_path), accelerator)
+    endings = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
+    assert endings == {".safetensors", ".json", ".jsonl"}
+
+
+class Tied(nn.Module):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.a = nn.Linear(width, width)
+        self.b = self.a
+        self.register_buffer("shift", torch.zeros(width))
+
+
+def test_weights_round_trip_with_tied_tensors(tmp_path: Path) -> None:
+    one, two = Tied(), Tied()
+    save_weights(one, tmp_path)
+    load_weights(two, tmp_path)
+    assert sorted(named_tensors(one)) == ["a.bias", "a.weight", "shift"]
+    assert all(named_tensors(two)[n].equal(t) for n, t in named_tensors(one).items())
+
+
+def test_large_weights_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(
+        huggingface_hub, "save_torch_state_dict", lambda *a: save(*a, max_shard_size=30)
+    )
+    one, two = Tied(), Tied()
+    save_weights(one, tmp_path)
+    load_weights(two, tmp_path)
+    assert len(json.loads((tmp_path / "model.safetensors.index.json").read_text())) == 2
+    assert two.a.weight.equal(one.a.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.weight": torch.zeros(2, 2)}, r"a\.weight in .* has shape \[2, 2\], .* \[3, 3\]"),
+        ({"a.weight": None}, r"lacks tensor a\.weight"),
+        ({"c": torch.zeros(1)}, "has tensor c, unknown here"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    tensors = {**named_tensors(Tied()), **change}
+    found = {n: t.clone() for n, t in tensors.items() if t is not None}
+    save_file(found, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(Tied(), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "model.safetensors" in str(caught.value)

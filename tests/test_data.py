@@ -1,0 +1,391 @@
+"""Data: what is read, what is refused, and that a step's batch is a function of its number."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import pickle
+import tarfile
+import threading
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unified.config import SourceConfig
+from unified.data.examples import Example
+from unified.data.fixed import fixed_examples
+from unified.data.mixture import Feed, Mixture
+from unified.data.prefetch import prefetch
+from unified.data.shards import read_shards
+from unified.data.source import Source
+from unified.data.streams import ItemStream, Prepared, TaskStream
+from unified.randomness import generator
+from unified.sequence import Layout, Segment
+from unified.visibility import SAME, UP_TO
+
+
+class Letters:
+    """A modality of letters: a member is ASCII text, an observation its codes, 0 the end."""
+
+    extensions = ("txt", "text")
+
+    def read(self, data: bytes) -> str:
+        return data.decode("ascii")
+
+    def observe(self, item: str, *, block: int | None = None, ends: bool = False) -> torch.Tensor:
+        codes = [ord(c) for c in item] + [0] * ends
+        return torch.tensor(codes + [0] * (-len(codes) % (block or 1)))
+
+    def grid(self, observation: torch.Tensor) -> tuple[int, ...]:
+        return (len(observation),)
+
+
+class Echo:
+    """A task: after the first letter P, the others C, two to a block."""
+
+    layout = Layout(
+        (
+            Segment("P", "letters"),
+            Segment("C", "letters", block=2),
+            Segment("N", "letters", "block", "C", block=2),
+        ),
+        sees={"P": {"P": SAME}, "C": {"P": UP_TO, "C": UP_TO}, "N": {"P": UP_TO, "N": SAME}},
+    )
+
+    def fill(self, example: Any) -> dict[str, str]:
+        return {"P": example["letters"][0], "C": example["letters"][1:]}
+
+
+MODALITIES: Any = {"letters": Letters()}
+
+
+def write(path: Path, examples: dict[str, dict[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for key, members in examples.items():
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def source(folder: Path, name: str, count: int, bad: int = 0) -> Source:
+    """Examples of `count` numbers as text, the first `bad` of them no ASCII."""
+    texts = [b"\xff" if i < bad else str(i).encode() for i in range(count)]
+    return Source(
+        name, write(folder / f"{name}.tar", {f"{i:04}": {"txt": t} for i, t in enumerate(texts)})
+    )
+
+
+def feed(source: Source, name: str = "a", ratio: float = 1.0) -> Feed:
+    return Feed(ItemStream(name, "letters", MODALITIES), source, ratio)
+
+
+def mixture(feeds: list[Feed], batch_size: int = 4, **options: Any) -> Mixture:
+    return Mixture(feeds, batch_size=batch_size, seed=3, stage="joint", **options)
+
+
+def summary(batch: list[Prepared]) -> list[Any]:
+    return [(p.stream, p.key, p.slot, p.observations["X"].tolist()) for p in batch]
+
+
+# ---- shards ------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_in_order_with_their_members(tmp_path):
+    for n in range(3):
+        write(tmp_path / f"s-{n}.tar", {f"{n}{i}": {"txt": b"x", "json": b"{}"} for i in range(2)})
+    examples = read_shards(f"{tmp_path}/s-{{0..2}}.tar")
+    assert [e.key for e in examples] == ["00", "01", "10", "11", "20", "21"]
+    assert examples[2].members == {"txt": b"x", "json": b"{}"}
+    assert examples[2].shard == f"{tmp_path}/s-1.tar"
+
+
+def test_paths_may_be_relative_or_in_the_home_folder(tmp_path, monkeypatch):
+    write(tmp_path / "s.tar", {"0": {"txt": b"x"}})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(read_shards(["s.tar", "~/s.tar"])) == 2
+
+
+def test_every_process_reads_every_shard(tmp_path, monkeypatch):
+    url = write(tmp_path / "s.tar", {"0": {"txt": b"x"}})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert len(read_shards(url)) == 1
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("the member was unpickled",))
+
+    bomb = pickle.dumps(Bomb())
+    url = write(tmp_path / "s.tar", {"0": {"pyd": bomb, "pth": bomb, "pickle": bomb, "txt": b"x"}})
+    (example,) = read_shards(url)
+    assert example.members["pyd"] == bomb
+    assert Example(example, MODALITIES)["letters"] == "x"
+
+
+@pytest.mark.parametrize("url", ["pipe:touch hacked", "http://host/s.tar", "s3://bucket/s.tar"])
+def test_only_local_files_are_read(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"give (the|its) path"):
+        read_shards(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.tar was not found"):
+        read_shards(str(tmp_path / "nowhere.tar"))
+
+
+def test_an_empty_shard_is_named(tmp_path):
+    (tmp_path / "zero.tar").touch()
+    with pytest.raises(ValueError, match=r"zero\.tar is empty"):
+        read_shards(str(tmp_path / "zero.tar"))
+    with pytest.raises(ValueError, match=r"none\.tar has no examples"):
+        read_shards(write(tmp_path / "none.tar", {}))
+
+
+@pytest.mark.parametrize("keep", [300, 512, 700, 1024, 1536, 2000, 2048])
+def test_a_shard_cut_short_is_named(tmp_path, keep):
+    write(tmp_path / "whole.tar", {str(i): {"txt": b"some text"} for i in range(4)})
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"cut\.tar is damaged, cut short"):
+        read_shards(str(tmp_path / "cut.tar"))
+
+
+def test_a_file_that_is_no_plain_tar_is_named(tmp_path):
+    url = write(tmp_path / "good.tar", {"0": {"txt": b"some text"}, "1": {"txt": b"more"}})
+    good = Path(url).read_bytes()
+    contents = {
+        "text": (b"hello " * 512, "is damaged"),
+        "gz": (gzip.compress(good), "is damaged"),
+        "header": (good[:1024] + b"x" * 512 + good[1536:], "is damaged.*no end mark at byte 1024"),
+        "joined": (good + good, "is damaged.*no end mark at byte 2048"),
+        "zeros": (bytes(10240), "has no examples"),
+    }
+    for name, (data, words) in contents.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} {words}"):
+            read_shards(str(tmp_path / name))
+
+
+def test_two_members_of_one_name_are_an_error(tmp_path):
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("0.txt"))
+    with pytest.raises(ValueError, match=r"twice\.tar is damaged.*duplicate"):
+        read_shards(str(tmp_path / "twice.tar"))
+
+
+def test_the_embedded_data_loads():
+    examples = read_shards(
+        ["embedded:emoji/val{,-style}-00000.tar", "embedded:prose/val-00000.tar"]
+    )
+    assert len(examples) == 155 + 60 + 396
+    assert set(examples[0].members) == {"webp", "txt", "json"}
+    assert set(examples[-1].members) == {"txt"}
+    assert {"name", "style", "license"} <= set(Example(examples[0], {}).metadata)
+    with pytest.raises(FileNotFoundError, match=r"embedded:emoji/no\.tar"):
+        read_shards("embedded:emoji/no.tar")
+
+
+def test_a_source_names_its_splits(tmp_path):
+    url = write(tmp_path / "s.tar", {"0": {"txt": b"x"}})
+    config = SourceConfig(train=[url], splits={"style": [url, url]})
+    assert len(Source.open("emoji", config)) == 1
+    assert len(Source.open("emoji", config, "style")) == 2
+    with pytest.raises(ValueError, match="emoji has no split val; it has train, style"):
+        Source.open("emoji", config, "val")
+
+
+# ---- examples and streams ----------------------------------------------------------------------
+
+
+def test_an_example_maps_modalities_to_items(tmp_path):
+    url = write(
+        tmp_path / "s.tar",
+        {
+            "0": {"text": b"second", "txt": b"best"},
+            "1": {"json": b'{"a": 1}'},
+            "2": {"json": b"[]"},
+        },
+    )
+    both, none, wrong = (Example(raw, MODALITIES) for raw in read_shards(url))
+    assert dict(both) == {"letters": "best"}
+    assert "letters" not in none
+    assert (both.metadata, none.metadata) == ({}, {"a": 1})
+    with pytest.raises(ValueError, match=r"s\.tar, example 1: no member for letters \(\.txt, \.te"):
+        none["letters"]
+    with pytest.raises(ValueError, match=r"example 2: \.json must hold an object, found list"):
+        _ = wrong.metadata
+    with pytest.raises(KeyError):
+        both["sound"]
+
+
+def test_a_task_stream_observes_every_segment(tmp_path):
+    (raw,) = read_shards(write(tmp_path / "s.tar", {"0": {"txt": b"abcde"}}))
+    example, draw = Example(raw, MODALITIES), generator(0)
+    observations = TaskStream("echo", Echo(), MODALITIES, row_length=13).prepare(example, draw)  # type: ignore[arg-type]
+    # P is given: not closed. C is generated: closed, and filled up to whole blocks.
+    assert {k: o.tolist() for k, o in observations.items()} == {
+        "P": [97],
+        "C": [98, 99, 100, 101, 0, 0],
+    }
+    with pytest.raises(
+        ValueError, match=r"example 0: .* 13 latents \(P 1 \+ C 6 \+ N 6\) .* holds 12"
+    ):
+        TaskStream("echo", Echo(), MODALITIES, row_length=12).prepare(example, draw)  # type: ignore[arg-type]
+
+
+def test_a_stream_needs_its_modality():
+    with pytest.raises(ValueError, match="task echo needs the modality letters"):
+        TaskStream("echo", Echo(), {})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="asks for the modality sound"):
+        ItemStream("s", "sound", MODALITIES)
+
+
+def test_fixed_examples_are_the_first_good_ones(tmp_path, caplog):
+    stream = ItemStream("v", "letters", MODALITIES)
+    found = fixed_examples(source(tmp_path, "s", 6, bad=2), stream, 3)
+    assert [(p.key, p.slot) for p in found] == [("0002", 0), ("0003", 1), ("0004", 2)]
+    assert "skipped 2 bad" in caplog.text
+    with pytest.raises(ValueError, match="has no usable example"):
+        fixed_examples(source(tmp_path, "all_bad", 2, bad=2), stream, 3)
+
+
+# ---- the mixture -------------------------------------------------------------------------------
+
+
+def test_each_epoch_visits_each_example_once_in_its_own_order(tmp_path):
+    m = mixture([feed(source(tmp_path, "s", 20))])
+    keys = [p.key for step in range(15) for p in m.batch(step)]
+    epochs = [keys[i : i + 20] for i in range(0, 60, 20)]
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_batch_is_a_function_of_seed_stage_and_step(tmp_path):
+    s = source(tmp_path, "s", 50)
+    feeds = [feed(s, "a"), feed(s, "b")]
+    runs = [[summary(m.batch(i)) for i in range(5)] for m in (mixture(feeds), mixture(feeds))]
+    assert runs[0] == runs[1]
+    other = Mixture(feeds, batch_size=4, seed=4, stage="joint")
+    assert runs[0] != [summary(other.batch(i)) for i in range(5)]
+
+
+def test_a_resumed_run_continues_exactly(tmp_path):
+    feeds = [feed(source(tmp_path, "s", 10, bad=1), "a"), feed(source(tmp_path, "t", 7), "b", 2.0)]
+    through = mixture(feeds, max_bad_share=0.5)
+    batches = [summary(through.batch(i)) for i in range(12)]
+    for stop in (1, 5, 11):
+        first, second = (mixture(feeds, max_bad_share=0.5) for _ in range(2))
+        for i in range(stop):
+            first.batch(i)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert [summary(second.batch(i)) for i in range(stop, 12)] == batches[stop:]
+        assert second.state_dict() == through.state_dict()
+
+
+def test_a_state_of_other_data_is_refused(tmp_path):
+    state = mixture([feed(source(tmp_path, "s", 10))]).state_dict()
+    with pytest.raises(ValueError, match="has 9 examples and had 10 when"):
+        mixture([feed(source(tmp_path, "s", 9))]).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"had the streams \['a'\], found \['b'\]"):
+        mixture([feed(source(tmp_path, "s", 10), "b")]).load_state_dict(state)
+
+
+def test_streams_are_drawn_by_ratio(tmp_path):
+    s = source(tmp_path, "s", 10)
+    m = mixture([feed(s, "a", 3.0), feed(s, "none", 0.0), feed(s, "b", 1.0)], batch_size=100)
+    drawn = Counter(p.stream for step in range(20) for p in m.batch(step))
+    assert set(drawn) == {"a", "b"}
+    assert drawn["a"] / 2000 == pytest.approx(0.75, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [((0.0, 0.0), "above 0"), ((2.0, -1.0), "found -1"), ((1.0, float("nan")), "found nan")],
+)
+def test_ratios_must_make_sense(tmp_path, ratios, words):
+    s = source(tmp_path, "s", 2)
+    with pytest.raises(ValueError, match=words):
+        mixture([feed(s, name, ratio) for name, ratio in zip("ab", ratios, strict=True)])
+    with pytest.raises(ValueError, match="different names"):
+        mixture([feed(s), feed(s)])
+
+
+def test_bad_examples_are_skipped_counted_and_reported(tmp_path, caplog):
+    m = mixture([feed(source(tmp_path, "s", 20, bad=2))], batch_size=6, max_bad_share=0.1)
+    with caplog.at_level(logging.WARNING):
+        keys = [p.key for step in range(7) for p in m.batch(step)]
+    assert [sorted(keys[i : i + 18]) for i in (0, 18)] == [[f"{i:04}" for i in range(2, 20)]] * 2
+    assert [r.message.split(":")[0] for r in caplog.records] == [
+        "source s, stream a, epoch 0",
+        "source s, stream a, epoch 1",
+    ]
+    assert "skipped 2 of 20" in caplog.text
+    assert "s.tar, example 000" in caplog.text
+
+
+def test_too_many_bad_examples_are_an_error(tmp_path):
+    m = mixture([feed(source(tmp_path, "s", 20, bad=3))], max_bad_share=0.1)
+    with pytest.raises(ValueError, match=r"source s has too many bad .*: 3 of 20.*example 000"):
+        list(map(m.batch, range(5)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_nothing_but_bad_examples_is_an_error_not_a_loop(tmp_path, share):
+    m = mixture([feed(source(tmp_path, "s", 20, bad=20))], max_bad_share=share)
+    with pytest.raises(ValueError, match="too many bad examples"):
+        m.batch(0)
+
+
+# ---- prefetching -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [1, 2, 50])
+def test_prefetching_changes_nothing(tmp_path, depth):
+    feeds = [feed(source(tmp_path, "s", 10))]
+
+    def run(depth: int) -> list[Any]:
+        m = mixture(feeds)
+        steps = prefetch(lambda step: (summary(m.batch(step)), m.state_dict()), 2, 9, depth)
+        return list(steps)
+
+    ahead = run(depth)
+    assert ahead == run(0)
+    # the state that comes with a batch is the one after that batch, not after those made ahead
+    resumed = mixture(feeds)
+    resumed.load_state_dict(ahead[3][1])
+    assert summary(resumed.batch(6)) == ahead[4][0]
+
+
+def test_prefetching_runs_ahead_by_the_depth_and_stops_when_told():
+    made: list[int] = []
+    threads = threading.active_count()
+    with closing(prefetch(lambda i: made.append(i) or i, 0, 1000, depth=3)) as steps:
+        assert [next(steps), next(steps)] == [0, 1]
+    assert len(made) <= 5
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_an_error_arrives_at_its_step(depth):
+    steps = prefetch(lambda i: 1 // (3 - i), 0, 10, depth)
+    assert [next(steps) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+
+
+def test_a_negative_depth_is_refused():
+    with pytest.raises(ValueError, match="found -1"):
+        next(prefetch(str, 0, 1, -1))

@@ -1,0 +1,182 @@
+"""Generation: the cache equals the full forward, samples do not know their batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+
+from unified.flow import integrate
+from unified.generate import Generator, Request, Sampler
+from unified.modality import Latent
+from unified.randomness import generator
+from unified.sequence import Layout, Sample, Segment, pack
+from unified.visibility import Visibility
+
+BLOCK = 2
+
+
+def latent(modality: str, *grid: int, seed: int = 0) -> Latent:
+    g = generator(seed, modality, *grid)
+    shape = (math.prod(grid), toys.CHANNELS[modality])
+    return Latent(torch.randn(shape, generator=g, dtype=torch.float64), grid)
+
+
+REQUESTS = {
+    "continuation": (
+        "C",
+        [
+            Request({"C": latent("text", 5)}, (8,), 1),
+            Request({}, (4,), 2),
+            Request({"C": latent("text", 2, seed=1)}, (6,), 3),
+        ],
+    ),
+    "captioning": (
+        "C",
+        [
+            Request({"P": latent("text", 3), "I": latent("image", 2, 2)}, (6,), 1),
+            Request(
+                {"P": latent("text", 1), "I": latent("image", 1, 3), "C": latent("text", 3)},
+                (8,),
+                2,
+            ),
+        ],
+    ),
+    "text_to_image": (
+        "I",
+        [
+            Request({"C": latent("text", 4)}, (2, 3), 1),
+            Request({"C": latent("text", 2)}, (2, 2), 2),
+        ],
+    ),
+}
+
+
+def full_forward(model, layouts, task: str, target: str, request: Request, sampler: Sampler):
+    """The target by whole-sequence forwards: no cache, every position present in each."""
+    layout = layouts[task]
+    text = target == "C"
+    noisy = "N" if text else target
+    width, total = toys.CHANNELS[layout[target].modality], math.prod(request.grid)
+    empty = torch.zeros(0, width, dtype=torch.float64)
+    done = request.given[target].values if target in request.given else empty
+    known = len(done) - len(done) // BLOCK * BLOCK
+    committed = len(done) - known if text else 0
+    while committed < total:
+        size = BLOCK if text else total
+        seed = generator(request.seed, task, target, committed)
+        z = torch.randn(size, width, generator=seed).double()
+        z[:known] = done[committed:] if known else z[:0]
+        pinned = torch.arange(size) < known
+
+        def field(x, t, pinned=pinned, committed=committed, size=size, z=z):
+            x = torch.where(pinned[:, None], z, x)
+            both = [velocity(model, layout, task, target, noisy, request, done[:committed], x, t, pinned, u)
+                    for u in (False, True)]  # fmt: skip
+            v = both[1] + sampler.guidance_scale * (both[0] - both[1])
+            return v * ~pinned[:, None]
+
+        z = integrate(field, z, sampler.num_steps, sampler.solver)
+        done, known, committed = torch.cat([done[:committed], z]), 0, committed + size
+    return done
+
+
+def velocity(model, layout, task, target, noisy, request, done, x, t, pinned, unconditional):
+    """One uncached forward over [given | clean target so far | noisy target] as one sample."""
+    segments = tuple(s for s in layout.segments if s.kind in request.given or s.kind == target)
+    length = len(done) + len(x)
+    grids = {k: z.grid for k, z in request.given.items() if k != target}
+    values = {k: z.values for k, z in request.given.items() if k != target}
+    modality = layout[target].modality
+    if noisy != target:
+        segments += (Segment(noisy, modality, copies=target, block=BLOCK),)
+        grids[target], values[target] = (length,), torch.cat([done, x])
+    else:
+        grids[target], values[target] = request.grid, x
+    rule = Visibility({task: layout.sees})
+    batch = pack([Sample(task, grids)], {task: Layout(segments, {})}, rule, None, toys.AXES)
+    batch = batch.with_latents([values])
+    span = next(s for s in batch.spans if s.segment.kind == noisy)
+    here = slice(span.stop - len(x), span.stop)
+    where = batch.where[modality][here]
+    time = batch.time_RL.double()
+    time.view(-1)[where] = torch.where(pinned, 0.0, t)
+    kind = batch.coordinates.kind.clone()
+    if unconditional:
+        kind.view(-1)[where] = rule.kind_index["U"]
+    batch = replace(batch, time_RL=time, coordinates=replace(batch.coordinates, kind=kind))
+    return model(batch)[modality][here]
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_cached_generation_equals_the_full_forward(task: str, scale: float):
+    layouts, model = toys.layouts(BLOCK), toys.prior(multi=1, single=2)
+    target, requests = REQUESTS[task]
+    sampler = Sampler(num_steps=3, guidance_scale=scale)
+    made = Generator(model, layouts).run(task, target, requests, sampler)
+    with torch.no_grad():
+        for request, got in zip(requests, made, strict=True):
+            expected = full_forward(model, layouts, task, target, request, sampler)
+            torch.testing.assert_close(got.values, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_a_result_does_not_depend_on_its_batch(task: str):
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    target, requests = REQUESTS[task]
+    sampler = Sampler(num_steps=4, guidance_scale=2.0, solver="heun")
+    together = maker.run(task, target, requests, sampler)
+    backwards = maker.run(task, target, requests[::-1], sampler)[::-1]
+    for i, request in enumerate(requests):
+        alone = maker.run(task, target, [request], sampler)[0]
+        for other in (together[i], backwards[i]):
+            torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
+
+
+def test_the_known_beginning_is_kept():
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    _, requests = REQUESTS["continuation"]
+    for request, made in zip(
+        requests, maker.run("continuation", "C", requests, Sampler(4)), strict=True
+    ):
+        given = request.given.get("C", latent("text", 0)).values
+        assert torch.equal(made.values[: len(given)], given)
+        assert made.grid == request.grid
+
+
+def test_streaming_yields_growing_blocks_and_stops_each_sample():
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    requests = [Request({}, (8,), 1), Request({}, (8,), 2)]
+    whole = maker.run("continuation", "C", requests, Sampler(2))
+
+    def stop(ids, so_far):
+        return [i == 0 and len(z) >= 4 for i, z in zip(ids, so_far, strict=True)]
+
+    lengths = []
+    for blocks in maker.stream("continuation", "C", requests, Sampler(2), stop):
+        lengths.append({i: len(z) for i, z in blocks.items()})
+        for i, z in blocks.items():
+            torch.testing.assert_close(z, whole[i].values[: len(z)], rtol=0, atol=1e-10)
+    assert lengths == [{0: 2, 1: 2}, {0: 4, 1: 4}, {1: 6}, {1: 8}]
+
+
+def test_guidance_one_needs_no_unconditional_pass():
+    model = toys.prior()
+    widths = []
+    model.blocks[0].register_forward_hook(lambda _, args, __: widths.append(args[1].shape[1]))
+    maker = Generator(model, toys.layouts(BLOCK))
+    for scale in (1.0, 2.0):
+        maker.run("continuation", "C", [Request({}, (2,), 0)], Sampler(1, scale))
+    assert widths == [BLOCK, 2 * BLOCK]
+
+
+def test_what_is_missing_is_named():
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    with pytest.raises(ValueError, match="captioning needs I, P to generate C; given: nothing"):
+        maker.run("captioning", "C", [Request({}, (4,), 0)], Sampler(1))
+    with pytest.raises(ValueError, match="this task cannot generate P"):
+        maker.run("captioning", "P", [Request({}, (4,), 0)], Sampler(1))

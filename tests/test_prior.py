@@ -1,0 +1,185 @@
+"""The MMDiT: what may leak, what packing may change, what a table decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+
+from unified.config import PriorConfig
+from unified.prior import Prior
+from unified.randomness import generator
+from unified.sequence import Layout
+from unified.visibility import closure
+
+
+def corrupted(of, layouts, row_length=64, seeds=None, **options):
+    batch, flow = toys.batch(of, layouts, row_length), toys.flow(layouts, **options)
+    generators = [generator(3, i) for i in (seeds or range(len(of)))]
+    draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, generators)
+    noisy, targets = flow.corrupt(batch, draws)
+    return noisy, targets, draws, flow
+
+
+def reach(model: Prior, batch) -> dict[tuple[int, int], bool]:
+    """(output position, input position) -> whether a gradient passes, over all R * L positions."""
+    for z in batch.latents.values():
+        z.requires_grad_()
+    out = model(batch)
+    found = {}
+    for m, v in out.items():
+        for n in range(len(v)):
+            grads = torch.autograd.grad(v[n].sum(), list(batch.latents.values()), retain_graph=True)
+            for other, g in zip(batch.latents, grads, strict=True):
+                for j in range(len(g)):
+                    key = (int(batch.where[m][n]), int(batch.where[other][j]))
+                    found[key] = bool(g[j].any())
+    return found
+
+
+def table_closure(batch) -> torch.Tensor:
+    """Transitive closure of the mask over positions [R * L, R * L], itself included."""
+    rows, length = batch.shape
+    mask = batch.visibility.dense(batch.coordinates)
+    eye = torch.eye(length, dtype=torch.bool)
+    reached = mask | eye
+    for _ in range(length):
+        reached = (reached.double() @ reached.double()) > 0
+    return torch.block_diag(*reached.double()).bool()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gradients_pass_exactly_where_the_tables_closure_says(seed: int):
+    layouts = toys.layouts()
+    of = toys.samples(4, seed)
+    noisy, *_ = corrupted(of, layouts)
+    model = toys.prior(multi=2, single=2)
+    allowed = table_closure(noisy)
+    for (i, j), passes in reach(model, noisy).items():
+        assert passes == bool(allowed[i, j])
+
+
+def test_the_answer_never_reaches_instruction_and_image():
+    layouts = toys.layouts()
+    of = [s for s in toys.samples(20) if s.task == "captioning"][:3]
+    noisy, *_ = corrupted(of, layouts)
+    kind = noisy.coordinates.kind.view(-1)
+    index = noisy.visibility.kind_index
+    for (i, j), passes in reach(toys.prior(), noisy).items():
+        if kind[i] in (index["P"], index["I"]) and kind[j] in (index["C"], index["N"]):
+            assert not passes
+
+
+def test_changing_one_entry_changes_what_passes():
+    layouts = toys.layouts()
+    old = layouts["text_to_image"]
+    sees = {q: dict(row) for q, row in old.sees.items()}
+    del sees["I"]["C"]
+    blind = layouts | {"text_to_image": Layout(old.segments, sees)}
+    of = [s for s in toys.samples(20) if s.task == "text_to_image"][:1]
+    results = []
+    for these in (layouts, blind):
+        noisy, *_ = corrupted(of, these)
+        kind, index = noisy.coordinates.kind.view(-1), noisy.visibility.kind_index
+        results.append(
+            any(
+                passes
+                for (i, j), passes in reach(toys.prior(), noisy).items()
+                if kind[i] == index["I"] and kind[j] == index["C"]
+            )
+        )
+        assert ("C" in closure(these["text_to_image"].sees, "I")) == results[-1]
+    assert results == [True, False]
+
+
+def test_packed_loss_equals_the_samples_one_by_one():
+    layouts, of = toys.layouts(unconditional_rate=0.3), toys.samples(10)
+    model = toys.prior()
+    noisy, targets, draws, flow = corrupted(of, layouts, clean_prefix_rate=0.3)
+    together = flow.loss(model(noisy), targets, draws)
+    alone: dict[str, float] = {}
+    values = toys.latents(of, layouts)
+    for i, sample in enumerate(of):
+        batch = toys.batch([sample], layouts).with_latents([values[i]])
+        one = toys.flow(layouts, clean_prefix_rate=0.3)
+        drawn = one.draw(batch, [sample.task], toys.CHANNELS, [generator(3, i)])
+        z, target = one.corrupt(batch, drawn)
+        for term, value in one.loss(model(z), target, drawn).items():
+            alone[term] = alone.get(term, 0.0) + float(value)
+    for term, value in together.items():
+        assert float(value) == pytest.approx(alone[term], rel=1e-10)
+
+
+def test_order_of_samples_and_row_length_do_not_matter():
+    layouts, of = toys.layouts(), toys.samples(9)
+    model = toys.prior()
+    order = [4, 2, 8, 0, 6, 1, 7, 3, 5]
+    values = toys.latents(of, layouts)
+    losses = []
+    for arrangement, row in ((list(range(9)), 64), (order, 64), (order, 37), (order, None)):
+        some = [of[i] for i in arrangement]
+        batch = toys.batch(some, layouts, row).with_latents([values[i] for i in arrangement])
+        flow = toys.flow(layouts)
+        seeds = [generator(3, i) for i in arrangement]
+        draws = flow.draw(batch, [s.task for s in some], toys.CHANNELS, seeds)
+        noisy, targets = flow.corrupt(batch, draws)
+        losses.append(flow.loss(model(noisy), targets, draws))
+    for other in losses[1:]:
+        for term, value in losses[0].items():
+            torch.testing.assert_close(other[term], value, rtol=1e-10, atol=0)
+
+
+def test_a_new_prior_predicts_zero_velocity():
+    config = PriorConfig(width=16, heads=2, head_dim=8, rope_dim=6, single_stream_depth=2)
+    noisy, *_ = corrupted(toys.samples(3), toys.layouts())
+    model = Prior(config, toys.CHANNELS).double()
+    for v in model(noisy).values():
+        assert not v.any()
+
+
+def test_text_only_is_one_stream_however_the_depth_is_split():
+    """With one modality, a multi-stream block and a single-stream block are the same network."""
+    layouts = {"continuation": toys.layouts()["continuation"]}
+    of = [s for s in toys.samples(20) if s.task == "continuation"][:3]
+    batch = toys.batch(of, layouts)
+    outs = []
+    for multi, single in ((2, 0), (1, 1), (0, 2)):
+        config = PriorConfig(
+            width=16, heads=2, head_dim=8, rope_dim=6,
+            multi_stream_depth=multi, single_stream_depth=single,
+        )  # fmt: skip
+        model = Prior(config, {"text": 3}).double()
+        for n, parameter in enumerate(model.parameters()):
+            g = torch.Generator().manual_seed(n)
+            parameter.data = torch.randn(parameter.shape, generator=g).double() * 0.2
+        outs.append(model(batch)["text"])
+    for other in outs[1:]:
+        torch.testing.assert_close(other, outs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_modulation_runs_once_per_distinct_timestep():
+    noisy, *_ = corrupted(toys.samples(6), toys.layouts())
+    model, seen = toys.prior(), []
+    model.timestep.register_forward_hook(lambda _, args, __: seen.append(args[0]))
+    model(noisy)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], noisy.time_RL.unique())
+    assert len(seen[0]) < noisy.time_RL.numel()
+
+
+def test_bad_rope_dim_is_a_sentence():
+    with pytest.raises(ValueError, match="rope_dim must be even and at most head_dim 8"):
+        Prior(PriorConfig(width=16, heads=2, head_dim=8, rope_dim=12), toys.CHANNELS)
+
+
+def test_padding_is_never_read():
+    noisy, *_ = corrupted(toys.samples(5), toys.layouts(), row_length=33)
+    model = toys.prior()
+    expected = model(noisy)
+    pad = noisy.coordinates.sample < 0
+    assert pad.any()
+    other = replace(noisy, time_RL=torch.where(pad, 0.7, noisy.time_RL))
+    for m, v in model(other).items():
+        torch.testing.assert_close(v, expected[m], rtol=1e-12, atol=1e-12)

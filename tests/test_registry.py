@@ -1,0 +1,62 @@
+"""Names resolve to plugin classes, and only trusted paths to code are followed."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from unified import registry
+from unified.registry import SHIPPED, resolve
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g, table in SHIPPED.items() for n in table])
+def test_every_shipped_name_leads_to_a_plugin_class(group, name):
+    from unified.modality import Modality
+    from unified.task import Task
+
+    assert issubclass(resolve(group, name), {"modality": Modality, "task": Task}[group])
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="unknown task 'captionning'; did you mean captioning"):
+        resolve("task", "captionning")
+    with pytest.raises(ValueError, match="unknown modality 'smell'; known: image, text"):
+        resolve("modality", "smell")
+
+
+def test_a_path_to_code_is_followed_only_when_trusted():
+    path = "unified.tasks.captioning:Captioning"
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        resolve("task", path)
+    assert resolve("task", path, trust_remote_code=True) is resolve("task", "captioning")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("nowhere.at_all:Thing", "cannot be found"),
+        ("unified.tasks.captioning:Thing", "has no 'Thing'"),
+        ("json:dumps", "should be a class with a Config"),
+    ],
+)
+def test_a_path_that_leads_to_no_plugin_says_so(path, why):
+    with pytest.raises(ValueError, match=why):
+        resolve("task", path, trust_remote_code=True)
+
+
+def test_a_missing_dependency_of_a_plugin_is_not_taken_for_a_missing_plugin(tmp_path, monkeypatch):
+    (tmp_path / "needy_plugin.py").write_text("import a_library_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
+        resolve("task", "needy_plugin:Thing", trust_remote_code=True)
+
+
+def test_installed_packages_add_names_but_cannot_replace_shipped_ones(monkeypatch):
+    installed = [
+        EntryPoint("dialogue", "unified.tasks.continuation:Continuation", "unified.tasks"),
+        EntryPoint("captioning", "unified.tasks.continuation:Continuation", "unified.tasks"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: installed)
+    assert resolve("task", "dialogue").__name__ == "Continuation"
+    assert resolve("task", "captioning").__name__ == "Captioning"

@@ -1,0 +1,83 @@
+"""Layouts, positions, block clocks and packing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import toys
+
+from unified.layers import rotary_angles, rotate
+from unified.sequence import Layout, Sample, Segment, grid_positions, pack, place
+
+
+def test_positions_of_text_image_and_twin():
+    layout = toys.layouts()["captioning"]
+    placed = place(layout, {"P": (3,), "I": (2, 2), "C": (4,)}, axes=3)
+    by_kind = {p.segment.kind: p for p in placed}
+    assert by_kind["P"].positions.tolist() == [[0] * 3, [1] * 3, [2] * 3]
+    assert by_kind["I"].positions.tolist() == [[3, 3, 3], [3, 3, 4], [3, 4, 3], [3, 4, 4]]
+    assert by_kind["C"].positions[0].tolist() == [5, 5, 5]
+    assert torch.equal(by_kind["C"].positions, by_kind["N"].positions)
+    assert by_kind["P"].blocks.tolist() == [0] * 3
+    assert by_kind["I"].blocks.tolist() == [1] * 4
+    assert by_kind["C"].blocks.tolist() == by_kind["N"].blocks.tolist() == [2, 2, 3, 3]
+
+
+def test_every_resolution_starts_where_the_last_segment_ended():
+    for grid in ((1, 1), (2, 5), (4, 4)):
+        position = grid_positions(grid, 7, 3)
+        assert position.shape == (math.prod(grid), 3)
+        assert int(position.min()) == 7
+        assert int(position.max()) == 7 + max(grid) - 1
+    with pytest.raises(ValueError, match="a grid of 2 dimensions needs as many axes"):
+        grid_positions((2, 2), 0, 1)
+
+
+def test_text_rotates_as_in_one_dimension():
+    x = torch.randn(6, 2, 8, dtype=torch.float64)
+    one = rotate(x, rotary_angles(torch.arange(6)[:, None], 6))
+    three = rotate(x, rotary_angles(grid_positions((6,), 0, 3), 6))
+    assert torch.equal(one, three)
+
+
+def test_packing_holds_each_sample_once_and_rows_stay_short():
+    layouts, of = toys.layouts(), toys.samples(30)
+    batch = toys.batch(of, layouts, row_length=40)
+    lengths = [sum(math.prod(g) for g in s.grids.values()) + math.prod(s.grids["C"]) for s in of]
+    counted = torch.bincount(batch.coordinates.sample[batch.coordinates.sample >= 0])
+    assert counted.tolist() == lengths
+    assert batch.shape[1] <= 40
+    assert batch.fill_share > 0.8
+    for sample in range(len(of)):
+        rows = (batch.coordinates.sample == sample).any(1)
+        assert int(rows.sum()) == 1
+
+
+def test_latents_arrive_where_their_coordinates_say():
+    layouts, of = toys.layouts(), toys.samples(8)
+    batch = toys.batch(of, layouts)
+    values = toys.latents(of, layouts)
+    for span in batch.spans:
+        here = batch.latents[span.segment.modality][span.start : span.stop]
+        kind = span.segment.copies or span.segment.kind
+        assert torch.equal(here, values[span.sample][kind])
+        where = batch.where[span.segment.modality][span.start : span.stop]
+        assert (batch.coordinates.sample.view(-1)[where] == span.sample).all()
+        own = batch.visibility.kind_index[span.segment.kind]
+        assert (batch.coordinates.kind.view(-1)[where] == own).all()
+
+
+def test_a_sample_longer_than_a_row_is_a_sentence():
+    layouts = toys.layouts()
+    rule = toys.visibility(layouts)
+    with pytest.raises(ValueError, match="a sample of 40 latents does not fit a row of 16"):
+        pack([Sample("continuation", {"C": (20,)})], layouts, rule, 16, 3)
+
+
+def test_a_layout_that_does_not_match_its_table_is_a_sentence():
+    with pytest.raises(ValueError, match="copies X"):
+        Layout((Segment("N", "text", copies="X"),), {})
+    with pytest.raises(ValueError, match="do not match"):
+        Layout((Segment("C", "text"),), {"Z": {}})

@@ -1,0 +1,274 @@
+"""The text modality: tokens in and out, losses and their counts, files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from unified.modalities.text.modality import TextConfig, TextModality
+from unified.modalities.text.tokenizer import Tokenizer
+
+from unified.modality import Latent
+from unified.randomness import generator
+
+CORPUS = [
+    "a 3D emoji of blueberries",
+    "a flat emoji of a lime and a motor scooter",
+    "It is a truth universally acknowledged, that a single man must be in want of a wife.",
+    "Call me Ishmael.",
+] * 5
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "dim": 32,
+    "ffn_dim": 64,
+    "encoder_num_blocks": 1,
+    "decoder_num_blocks": 1,
+    "num_heads": 2,
+    "latent_dim": 4,
+}
+
+
+def build(**changes: Any) -> TextModality:
+    torch.manual_seed(0)
+    return TextModality.build(TextConfig(**(SMALL | changes)), CORPUS)
+
+
+@pytest.fixture(scope="module")
+def text() -> TextModality:
+    return build()
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [generator(seed, i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "item", ["a lime", " two  spaces\n", "naïve 🫐 漢字", "<|endoftext|> and <|pad|>", "\x00"]
+)
+def test_every_string_comes_back(text: TextModality, item: str) -> None:
+    assert text.realise(text.observe(item)) == item
+    assert text.realise(text.observe(item, ends=True, block=16)) == item
+
+
+def test_ends_and_blocks(text: TextModality) -> None:
+    ids = text.observe("a lime")
+    tokenizer = text.tokenizer
+    assert ids.dtype == torch.int64
+    closed = text.observe("a lime", ends=True)
+    assert closed.tolist() == [*ids.tolist(), tokenizer.eos_id]
+    padded = text.observe("a lime", ends=True, block=16)
+    assert len(padded) == 16
+    assert padded[: len(closed)].equal(closed)
+    assert (padded[len(closed) :] == tokenizer.pad_id).all()
+    assert text.grid(padded) == (16,)
+    assert text.observe("", ends=True).tolist() == [tokenizer.eos_id]
+
+
+def test_patches_are_filled() -> None:
+    text = build(patch_size=2)
+    odd = text.observe("a lime ", ends=True)
+    assert len(odd) % 2 == 0
+    assert text.grid(odd) == (len(odd) // 2,)
+    blocks = text.observe("a lime", block=4)
+    assert len(blocks) % 8 == 0
+    (posterior,) = text.encode([odd])
+    assert text.decode([posterior.mode])[0].shape == odd.shape
+
+
+def test_what_cannot_be_observed_is_explained() -> None:
+    text = build(max_tokens=3)
+    assert len(text.observe("abc")) <= 3
+    with pytest.raises(ValueError, match="an empty text has no tokens"):
+        text.observe("")
+    with pytest.raises(ValueError, match="a text must be a str, but a bytes was found"):
+        text.observe(b"abc")
+    with pytest.raises(ValueError, match="cannot hold half a character"):
+        text.observe("\ud83e")
+    with pytest.raises(ValueError, match="a text has 7 tokens, eos included, but max_tokens is 3"):
+        text.observe("ZYXWVU", ends=True)
+    with pytest.raises(
+        ValueError, match="a text must be UTF-8, found invalid start byte at byte 1"
+    ):
+        text.read(b"a\xff")
+    assert text.read("né".encode()) == "né"
+
+
+def test_without_a_corpus_there_is_a_network_but_no_tokenizer() -> None:
+    text = TextModality.build(TextConfig(**SMALL), None)
+    assert sum(p.numel() for p in text.parameters()) > 0
+    with pytest.raises(ValueError, match="built without a corpus and has no tokenizer"):
+        text.observe("a lime")
+
+
+def test_vocabularies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vocab_size 200 is too small: 258 tokens are needed"):
+        build(vocab_size=200)
+    Tokenizer.train(CORPUS, 320).save(tmp_path)
+    with pytest.raises(ValueError, match="has 320 tokens, but vocab_size is 300"):
+        build(vocab_size=300, tokenizer=str(tmp_path))
+    with pytest.raises(ValueError, match=r"expected a folder with tokenizer\.json"):
+        build(tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_a_configured_tokenizer_is_used(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["lime " * 9], 300)
+    tokenizer.save(tmp_path)
+    text = build(tokenizer=str(tmp_path / "tokenizer.json"))
+    assert text.observe("lime lime").tolist() == tokenizer.encode("lime lime")
+
+
+def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
+    Tokenizer.train(CORPUS, 320).save(tmp_path)
+    options = {"eos_token": {"content": "<eos>"}, "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match="the tokenizer has no eos token '<eos>'"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("item", [CORPUS[2], "naïve 🫐🫐 漢字 <|pad|>", "ZYXWVUTS"])
+def test_prefix_is_the_longest_that_fits(text: TextModality, item: str) -> None:
+    encode = text.tokenizer.encode
+    for tokens in range(len(encode(item)) + 2):
+        prefix = text.prefix(item, tokens)
+        assert item.startswith(prefix)
+        assert len(encode(prefix)) <= tokens
+    assert text.prefix(item, len(encode(item))) == item
+    assert text.prefix("limelime", 0) == ""
+
+
+def test_counts_need_no_network_and_match_the_losses(text: TextModality) -> None:
+    observations = [text.observe(item, ends=True, block=8) for item in CORPUS[:4]]
+    counts = text.counts(observations)
+    real = [len(text.observe(item, ends=True)) for item in CORPUS[:4]]
+    assert counts["reconstruction"] == sum(real)
+    assert counts["kl"] == sum(len(o) for o in observations)
+    assert counts["mask"] == sum(max(1, round(0.15 * n)) for n in real)
+    terms = text.loss(observations, generators(4))
+    assert terms.keys() == counts.keys() == text.weights().keys()
+    assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_losses_are_sums_over_examples(block_size: int) -> None:
+    text = build(block_size=block_size).double()
+    observations = [text.observe(item, ends=True) for item in CORPUS[:4]]
+    together = text.loss(observations, generators(4))
+    apart = [text.loss([o], [g]) for o, g in zip(observations, generators(4), strict=True)]
+    for term, value in together.items():
+        torch.testing.assert_close(value, torch.stack([a[term] for a in apart]).sum())
+
+
+def test_pads_have_no_reconstruction_loss(text: TextModality) -> None:
+    short, long = (text.observe("a lime", ends=True, block=b) for b in (None, 16))
+    sums = []
+    for ids in (short, long):
+        (posterior,) = text.encode([ids])
+        sums.append(text.reconstruction([ids], [posterior.mode])["reconstruction"])
+    torch.testing.assert_close(*sums)
+
+
+def test_no_mask_weight_leaves_the_term_out() -> None:
+    text = build(mask_weight=0.0)
+    observations = [text.observe("a lime")]
+    assert text.masking(observations, generators(1)) == {}
+    assert "mask" not in text.counts(observations) | text.weights()
+
+
+def test_masked_tokens_are_hidden_from_their_own_prediction() -> None:
+    """With a rate of 1 the encoder reads nothing but mask tokens, and pads."""
+    text = build(mask_rate=1.0)
+    seen = []
+    text.network.encoder.wte.register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
+    text.masking([text.observe("a lime", block=8)], generators(1))
+    real = len(text.observe("a lime"))
+    assert (seen[0][0, :real] == text.config.vocab_size).all()
+    assert (seen[0][0, real:] == text.tokenizer.pad_id).all()
+
+
+def test_posteriors_have_unit_scale(text: TextModality) -> None:
+    (posterior,) = text.encode([text.observe(CORPUS[2])])
+    assert posterior.mean_LC.mean(-1).abs().max() < 1e-5
+    torch.testing.assert_close(
+        posterior.mean_LC.var(-1, unbiased=False), torch.ones(posterior.grid), atol=1e-2, rtol=0
+    )
+
+
+def test_official_scalars_shape_normalised_space() -> None:
+    plain, scaled = build(), build(scaling_factor=2.0, shifting_factor=0.5)
+    ids = plain.observe("a lime")
+    (p,), (s,) = plain.encode([ids]), scaled.encode([ids])
+    torch.testing.assert_close(s.mean_LC, (p.mean_LC - 0.5) * 2)
+    torch.testing.assert_close(s.logvar_LC.exp().sqrt(), p.logvar_LC.exp().sqrt() * 2)
+    z = Latent(torch.randn(3, 4), (3,))
+    assert plain.logits([z]).equal(scaled.logits([z]))
+
+
+def test_a_few_steps_learn_to_reconstruct() -> None:
+    text = build(beta=0.01, dim=64, latent_dim=8)
+    observations = [text.observe(item, ends=True) for item in CORPUS[:4]]
+    optimizer = torch.optim.AdamW(text.parameters(), lr=5e-3)
+    counts, weights = text.counts(observations), text.weights()
+    for step in range(60):
+        terms = text.loss(observations, generators(4, step))
+        optimizer.zero_grad()
+        torch.stack([weights[k] * terms[k] / counts[k] for k in terms]).sum().backward()
+        optimizer.step()
+    decoded = text.decode([p.mode for p in text.encode(observations)])
+    assert [text.realise(ids) for ids in decoded] == CORPUS[:4]
+
+
+@pytest.mark.parametrize("name", ["text", "notes"])
+def test_saved_and_read_back(text: TextModality, tmp_path: Path, name: str) -> None:
+    text.save_pretrained(tmp_path, name)
+    again = TextModality.from_pretrained(tmp_path, name)
+    assert again.config == text.config
+    observations = [text.observe("a lime", ends=True)]
+    assert again.observe("a lime", ends=True).equal(observations[0])
+    assert again.encode(observations)[0].mean_LC.equal(text.encode(observations)[0].mean_LC)
+    stored = json.loads((tmp_path / f"{name}_vae" / "config.json").read_text())
+    assert stored["type"] == "text"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder.in_layer.bias": None}, "lacks tensor decoder.in_layer.bias"),
+        ({"surplus": torch.ones(1)}, "has tensor surplus, unknown here"),
+        ({"decoder.in_layer.weight": torch.ones(32, 3)}, r"decoder.in_layer.weight .*\[32, 3\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    text: TextModality, tmp_path: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    text.save_pretrained(tmp_path, "text")
+    file = tmp_path / "text_vae" / "model.safetensors"
+    changed = load_file(file) | change
+    save_file({k: v for k, v in changed.items() if v is not None}, file)
+    with pytest.raises(ValueError, match=message):
+        TextModality.from_pretrained(tmp_path, "text")
+
+
+def test_configurations_that_do_not_fit_are_explained(text: TextModality, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the folder holds no saved text modality"):
+        TextModality.from_pretrained(tmp_path, "text")
+    text.save_pretrained(tmp_path, "text")
+    file = tmp_path / "text_vae" / "config.json"
+    file.write_text(file.read_text().replace('"type": "text"', '"type": "image"'))
+    with pytest.raises(ValueError, match="has type 'image', but a text modality's is 'text'"):
+        TextModality.from_pretrained(tmp_path, "text")
+
+
+def test_transformers_reads_the_tokenizer(text: TextModality, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    text.save_pretrained(tmp_path, "text")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    ours = text.tokenizer
+    assert (theirs.pad_token_id, theirs.eos_token_id) == (ours.pad_id, ours.eos_id)
+    for item in (CORPUS[2], " naïve 🫐  漢字\n"):
+        assert theirs.encode(item, add_special_tokens=False) == ours.encode(item)
+        assert theirs.decode(ours.encode(item)) == item

@@ -1,0 +1,166 @@
+"""The three published tables, as masks, drawings and what they let through."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from torch.nn.attention.flex_attention import flex_attention
+from unified.tasks import captioning, continuation, text_to_image
+
+from unified.attention import attend, see
+from unified.visibility import (
+    ALL,
+    BEFORE,
+    SAME,
+    UP_TO,
+    Visibility,
+    closure,
+    draw,
+    with_unconditional,
+)
+
+TASKS = {"continuation": continuation, "captioning": captioning, "text_to_image": text_to_image}
+
+
+def published(task: str, q: str, k: str, bq: int, bk: int) -> bool:
+    """The published rules, written out case by case and sharing nothing with the tables."""
+    if q == "U":
+        return k == "U" and bq == bk
+    if task == "captioning":
+        if k in "PI":
+            return q in "PICN"
+        if q in "PI":
+            return False
+    if task == "text_to_image" and q == "I":
+        return k in "CI"
+    if q == "C":
+        return k == "C" and bk <= bq
+    if q == "N":
+        return (k == "C" and bk < bq) or (k == "N" and bk == bq)
+    return False
+
+
+def test_dense_mask_is_the_published_rule_on_random_mixed_rows():
+    layouts = toys.layouts()
+    for seed in range(5):
+        batch = toys.batch(toys.samples(12, seed), layouts)
+        kinds = {i: k for k, i in batch.visibility.kind_index.items()}
+        names = list(batch.visibility.table_index)
+        at = batch.coordinates
+        mask = batch.visibility.dense(at)
+        for r in range(batch.shape[0]):
+            rows = [
+                tuple(int(t[r, i]) for t in (at.sample, at.table, at.kind, at.block))
+                for i in range(batch.shape[1])
+            ]
+            for i, (sq, tq, kq, bq) in enumerate(rows):
+                for j, (sk, _, kk, bk) in enumerate(rows):
+                    expected = sq == sk >= 0 and published(names[tq], kinds[kq], kinds[kk], bq, bk)
+                    assert bool(mask[r, i, j]) == expected
+
+
+def test_relabelled_positions_see_their_own_block_alone():
+    layouts = toys.layouts(unconditional_rate=1.0)
+    of = toys.samples(8)
+    batch = toys.batch(of, layouts)
+    flow = toys.flow(layouts)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(of))]
+    draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, generators)
+    noisy, _ = flow.corrupt(batch, draws)
+    at, u = noisy.coordinates, noisy.visibility.kind_index["U"]
+    seen = noisy.visibility.dense(at)
+    is_u = (at.kind == u) & (at.sample >= 0)
+    assert is_u.any()
+    same = (at.sample[:, :, None] == at.sample[:, None]) & is_u[:, :, None] & is_u[:, None]
+    same &= at.block[:, :, None] == at.block[:, None]
+    assert torch.equal(seen & is_u[:, :, None], same)
+    assert torch.equal(seen & is_u[:, None], same)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_docstring_draws_the_table(task: str):
+    lengths = {"P": 2, "I": 2, "C": 4}
+    layout = toys.layouts(block=2)[task]
+    kinds, _, grid = layout.grid({s.kind: lengths[s.kind] for s in layout.filled})
+    lines = ast.get_docstring(ast.parse(Path(TASKS[task].__file__).read_text())) or ""
+    drawing = [line.strip() for line in draw(kinds, grid).splitlines()]
+    assert "\n".join(drawing) in "\n".join(line.strip() for line in lines.splitlines())
+
+
+def test_one_changed_entry_changes_the_drawing_and_the_mask():
+    layout = toys.layouts()["captioning"]
+    changed = {q: dict(row) for q, row in layout.sees.items()}
+    changed["N"]["C"] = UP_TO
+    lengths = {"P": 1, "I": 1, "C": 4}
+    kinds, _, grid = layout.grid(lengths)
+    _, _, other = type(layout)(layout.segments, changed).grid(lengths)
+    difference = [
+        (kinds[i], kinds[j])
+        for i in range(len(kinds))
+        for j in range(len(kinds))
+        if grid[i][j] != other[i][j]
+    ]
+    assert set(difference) == {("N", "C")}
+    assert len(difference) == 8
+
+
+def test_the_unconditional_row_is_always_there():
+    sees = {"C": {"C": UP_TO}, "N": {"C": BEFORE, "N": SAME}}
+    assert with_unconditional(sees)["U"] == {"U": SAME}
+    kinds, blocks, grid = toys.layouts()["text_to_image"].grid({"C": 4, "I": 3}, unconditional=True)
+    u = [i for i, k in enumerate(kinds) if k == "U"]
+    assert len(u) == 3 + 4
+    for i in u:
+        assert [j for j in range(len(kinds)) if grid[i][j]] == [
+            j for j in u if blocks[j] == blocks[i]
+        ]
+
+
+def test_closure_never_lets_the_answer_reach_the_question():
+    sees = toys.layouts()["captioning"].sees
+    assert closure(sees, "P") == closure(sees, "I") == {"P", "I"}
+    assert closure(sees, "N") == {"P", "I", "C", "N"}
+    assert closure(toys.layouts()["text_to_image"].sees, "I") == {"C", "I"}
+
+
+def test_flex_and_sdpa_agree():
+    """The flex rule, evaluated without compiling, against the dense mask."""
+    layouts = toys.layouts()
+    batch = toys.batch(toys.samples(10), layouts)
+    rows, length = batch.shape
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, rows, length, 2, 8, generator=g).unbind(0)
+    dense = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="sdpa"))
+    blocks = see(batch.visibility, batch.coordinates, backend="flex").blocks
+    flex = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks)
+    held = batch.coordinates.sample >= 0
+    torch.testing.assert_close(flex.transpose(1, 2)[held], dense[held], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_flex_agrees():
+    layouts = toys.layouts()
+    batch = toys.batch(toys.samples(10), layouts)
+    rows, length = batch.shape
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, rows, length, 2, 16, generator=g).unbind(0)
+    with torch.no_grad():
+        dense = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="sdpa"))
+        flex = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="flex"))
+    held = batch.coordinates.sample >= 0
+    torch.testing.assert_close(flex[held], dense[held], atol=1e-6, rtol=1e-5)
+
+
+def test_unknown_backend_is_a_sentence():
+    batch = toys.batch(toys.samples(1), toys.layouts())
+    with pytest.raises(ValueError, match="unknown attention backend 'triton'"):
+        see(batch.visibility, batch.coordinates, backend="triton")
+
+
+def test_tables_compile_to_integers():
+    rule = Visibility({"t": {"C": {"C": ALL}}})
+    assert rule.lo_TKK.shape == rule.hi_TKK.shape == (1, 2, 2)

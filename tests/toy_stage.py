@@ -1,0 +1,134 @@
+"""A toy stage for the engine's tests: two terms with different counts, two parameter groups."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unified.config import StageConfig, TrainingConfig
+from unified.randomness import generator
+from unified.training.folder import RunFolder
+from unified.training.loop import Stage, train_stage
+from unified.training.objective import Objective
+
+WIDTH = 4
+
+
+@dataclass(frozen=True)
+class ToyExample:
+    slot: int
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class ToyPlan:
+    x_NW: Tensor
+    noise_NW: Tensor
+    marked_N: Tensor
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return {"fit": float(len(self.x_NW)), "size": float(self.marked_N.sum())}
+
+
+class ToyObjective(Objective):
+    """An encoder (vae) and a linear map (main); `size` counts only every third example."""
+
+    def __init__(self, seed: int = 0, diverge_at: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        self.encoder = nn.Linear(WIDTH, WIDTH)
+        self.main = nn.Linear(WIDTH, WIDTH)
+        self.frozen = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.diverge_at, self.seed = diverge_at, seed
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters()):
+                p.copy_(torch.randn(p.shape, generator=generator(seed, "init", i)))
+
+    def plan(self, examples: list[ToyExample], step: int) -> ToyPlan:
+        noise = [torch.randn(WIDTH, generator=generator(self.seed, step, e.slot)) for e in examples]
+        if step == self.diverge_at:
+            noise[0] = noise[0] * float("nan")
+        marked = torch.tensor([e.slot % 3 == 0 for e in examples])
+        return ToyPlan(torch.stack([e.x for e in examples]), torch.stack(noise), marked)
+
+    def forward(self, plan: ToyPlan) -> dict[str, Tensor]:
+        z_NW = self.encoder(plan.x_NW)
+        y_NW = self.main(self.dropout(z_NW) + 0.1 * plan.noise_NW) + self.frozen(z_NW)
+        error_N = ((y_NW - plan.x_NW.flip(-1)) ** 2).sum(-1)
+        return {"fit": error_N.sum(), "size": (z_NW**2).sum(-1)[plan.marked_N].sum()}
+
+    def weights(self, step: int) -> dict[str, float]:
+        return {"fit": 1.0, "size": 0.1}
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"main": list(self.main.parameters()), "vae": list(self.encoder.parameters())}
+
+
+class ToyData:
+    """Batches in order; like a mixture, it must be told where it is."""
+
+    def __init__(self, batch_size: int = 8, seed: int = 0):
+        self.batch_size, self.seed, self.position = batch_size, seed, 0
+
+    def batch(self, step: int) -> list[ToyExample]:
+        start, self.position = self.position, self.position + self.batch_size
+        draws = [generator(self.seed, "data", start + i) for i in range(self.batch_size)]
+        return [ToyExample(i, torch.randn(WIDTH, generator=g)) for i, g in enumerate(draws)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+def stage_config(**changes: Any) -> StageConfig:
+    optimizer = {"lr": 0.05, "vae_lr_ratio": 0.5, "warmup_steps": 2}
+    fields = {"name": "toy", "objective": "joint", "steps": 6, "batch_size": 8}
+    return StageConfig.model_validate({**fields, "optimizer": optimizer, **changes})
+
+
+def training_config(**changes: Any) -> TrainingConfig:
+    fields = {"save_every": 3, "log_every": 1, "validate_every": 3, "precision": "fp32"}
+    return TrainingConfig.model_validate({**fields, "trackers": [], **changes})
+
+
+def toy(folder: Path, stage: Any = None, training: Any = None, **changes: Any) -> Stage:
+    """A toy stage in the run folder `folder`, ready to run."""
+    objective = ToyObjective(**changes.pop("objective", {}))
+    stage = stage or stage_config()
+    return Stage(
+        stage,
+        training or training_config(),
+        objective,
+        ToyData(stage.batch_size),
+        RunFolder(folder),
+        **changes,
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def main(folder: str, world: str) -> None:
+    """Run the toy stage under torchrun, and insist on the number of processes."""
+    from accelerate import Accelerator
+
+    from unified.training.loop import distributed_settings
+
+    accelerator = Accelerator(cpu=True, kwargs_handlers=distributed_settings())
+    assert accelerator.num_processes == int(world), accelerator.num_processes
+    train_stage(toy(Path(folder)), accelerator)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,79 @@
+"""An example as tasks see it: a mapping from modality names to items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from unified.data.shards import RawExample
+from unified.modality import Modality
+
+
+class BadExampleError(ValueError):
+    """An example that cannot be used; the message names its shard and key."""
+
+
+class Example(Mapping[str, Any]):
+    """``example["image"]`` is the item that the image modality reads from the example's members.
+
+    An item is read when it is asked for, from the first of the modality's `extensions` that the
+    example has. BadExampleError (a ValueError) for a member that is missing or cannot be read; ask
+    ``"image" in example`` first where an item is optional.
+    """
+
+    def __init__(self, raw: RawExample, modalities: Mapping[str, Modality]):
+        self.raw = raw
+        self._modalities = modalities
+
+    @property
+    def key(self) -> str:
+        return self.raw.key
+
+    @property
+    def shard(self) -> str:
+        return self.raw.shard
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The ``.json`` member, or ``{}`` where there is none."""
+        with self.naming():
+            metadata = json.loads(self.raw.members.get("json", b"{}"))
+            if not isinstance(metadata, dict):
+                raise ValueError(f".json must hold an object, found {type(metadata).__name__}")
+            return metadata
+
+    def __getitem__(self, name: str) -> Any:
+        modality = self._modalities[name]
+        member = self._member(name)
+        with self.naming():
+            if member is None:
+                raise ValueError(
+                    f"no member for {name} (.{', .'.join(modality.extensions)}); found"
+                    f" .{', .'.join(self.raw.members)}"
+                )
+            return modality.read(self.raw.members[member])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modalities and self._member(str(name)) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._modalities if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within it, a ValueError becomes a BadExampleError that says where the example is."""
+        try:
+            yield
+        except BadExampleError:
+            raise
+        except ValueError as error:
+            raise BadExampleError(f"shard {self.shard}, example {self.key}: {error}") from error
+
+    def _member(self, name: str) -> str | None:
+        extensions = self._modalities[name].extensions
+        return next((e for e in extensions if e in self.raw.members), None)

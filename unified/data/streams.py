@@ -1,0 +1,120 @@
+"""Streams: how an example becomes the observations of one training sample.
+
+A joint stage has one stream per task, and an autoencoder stage one per source. A stream holds no
+position: `Mixture` decides which example comes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from unified.data.examples import Example
+from unified.modality import Modality
+from unified.task import Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The observations of one sample by kind; `slot` is its place in the global batch."""
+
+    stream: str
+    key: str
+    slot: int
+    observations: dict[str, Tensor]
+
+
+class Stream(Protocol):
+    """What `Mixture` and `fixed_examples` need of a stream."""
+
+    name: str
+    modalities: Mapping[str, Modality]
+
+    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+        """Kind -> observation. A stream that augments draws from `generator` and nothing else.
+
+        ValueError for an example that cannot be used.
+        """
+
+
+class TaskStream:
+    """The samples of one task: its segments filled, each observed by its modality.
+
+    A segment that generation must learn to end is closed, and one with blocks fills whole blocks.
+    With `row_length`, a sample with more latents (twins included) than a row holds is an error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        modalities: Mapping[str, Modality],
+        row_length: int | None = None,
+    ):
+        self.name = name
+        self.modalities = modalities
+        self._task = task
+        self._layout = task.layout
+        self._row_length = row_length
+        unknown = {s.modality for s in self._layout.segments} - set(modalities)
+        if unknown:
+            raise ValueError(
+                f"task {name} needs the modality {', '.join(sorted(unknown))}; configured are"
+                f" {', '.join(modalities)}"
+            )
+
+    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+        del generator  # the layout and the item determine the observation
+        with example.naming():
+            items = self._task.fill(example)
+            observations = {
+                s.kind: self.modalities[s.modality].observe(
+                    items[s.kind],
+                    block=s.block,
+                    ends=self._layout.is_target(s) or s.block is not None,
+                )
+                for s in self._layout.filled
+            }
+            self._check_fits(observations)
+        return observations
+
+    def _check_fits(self, observations: Mapping[str, Tensor]) -> None:
+        lengths = {
+            s.kind: math.prod(self.modalities[s.modality].grid(observations[s.copies or s.kind]))
+            for s in self._layout.segments
+        }
+        total = sum(lengths.values())
+        if self._row_length is not None and total > self._row_length:
+            parts = " + ".join(f"{kind} {n}" for kind, n in lengths.items())
+            raise ValueError(
+                f"the sample has {total} latents ({parts}) and a row holds {self._row_length};"
+                " shorten the item or raise row_length"
+            )
+
+
+class ItemStream:
+    """The items of one modality, as its autoencoder trains on them: one observation, kind ``X``.
+
+    Items are closed (``ends``), so that the autoencoder learns whatever marks an end.
+    """
+
+    def __init__(self, name: str, modality: str, modalities: Mapping[str, Modality]):
+        self.name = name
+        self.modalities = modalities
+        self._modality = modality
+        if modality not in modalities:
+            raise ValueError(
+                f"stream {name} asks for the modality {modality}; configured are"
+                f" {', '.join(modalities)}"
+            )
+
+    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+        del generator  # the item determines the observation
+        with example.naming():
+            item = example[self._modality]
+            return {"X": self.modalities[self._modality].observe(item, ends=True)}

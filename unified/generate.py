@@ -1,0 +1,297 @@
+"""Generation: prefill what is given, integrate the flow for the next block, commit it, repeat.
+
+Everything is derived from the task's table. To generate segment T, the *noisy* kind is T itself
+(an image) or T's noisy twin (text). What that kind can see through any number of layers must be
+given, and is written to the KV cache in one forward pass (prefill). Then, block by block of T:
+
+    noise --integrate under the table--> latents of the block --commit as kind T--> KV cache
+
+Classifier-free guidance puts a second copy of the block, kind U, beside the noisy one: it sees only
+itself, so conditional and unconditional velocity come from one forward pass and one cache.
+A prompt may end inside a block: its latents are then held clean (t = 0) through the integration.
+
+Every request has its own seed, position and clock, so a result does not depend on its batch.
+
+Shape legend: R requests (one row each), L positions of a row, b length of a block, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from unified.cache import KVCache
+from unified.flow import integrate
+from unified.modality import Latent
+from unified.prior import Prior
+from unified.randomness import generator
+from unified.sequence import Layout, PackedBatch, Sample, Segment, pack, place
+from unified.visibility import UNCONDITIONAL, Visibility, closure
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to generate: the latents that are given by kind, how much to make, and a seed.
+
+    ``given[target]`` is the known beginning of the target (a prompt to continue), if any; `grid`
+    is the target's whole grid, known beginning included.
+    """
+
+    given: Mapping[str, Latent]
+    grid: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the flow is integrated: equal steps, Euler or Heun, and the guidance scale.
+
+    The velocity is ``v_u + guidance_scale (v_c - v_u)``; at 1 the unconditional pass is left out.
+    """
+
+    num_steps: int = 16
+    guidance_scale: float = 1.0
+    solver: str = "euler"
+
+
+#: (indices of requests, what each has so far [L, C]) -> which of them are finished
+Stop = Callable[[Sequence[int], Sequence[Tensor]], Sequence[bool]]
+
+
+class Generator:
+    """Runs requests of any task through a prior, on the prior's device and in its dtype."""
+
+    def __init__(self, prior: Prior, layouts: Mapping[str, Layout]):
+        self.prior = prior
+        self.layouts = layouts
+        like = next(prior.parameters())
+        self.device, self.dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        self.visibility = Visibility({t: x.sees for t, x in layouts.items()})
+
+    def run(
+        self, task: str, target: str, requests: Sequence[Request], sampler: Sampler
+    ) -> list[Latent]:
+        """The whole target of each request, known beginning included."""
+        session = _Session(self, task, target, requests)
+        for _ in session.blocks(sampler, None):
+            pass
+        return [Latent(z, r.grid) for z, r in zip(session.latents, requests, strict=True)]
+
+    def stream(
+        self,
+        task: str,
+        target: str,
+        requests: Sequence[Request],
+        sampler: Sampler,
+        stop: Stop | None = None,
+    ) -> Iterator[dict[int, Tensor]]:
+        """Yield, block by block, ``{request: all its latents so far [L, C]}``.
+
+        With `stop`, a request for which it answers True is dropped and the others go on without it.
+        """
+        return _Session(self, task, target, requests).blocks(sampler, stop)
+
+
+def noisy_kind(layout: Layout, target: str) -> str:
+    """The kind under which `target` is denoised: itself if it is noisy, else its noisy twin."""
+    candidates = [s.kind for s in layout.segments if target in (s.kind, s.copies)]
+    for kind in candidates:
+        if layout[kind].noise != "clean":
+            return kind
+    raise ValueError(
+        f"this task cannot generate {target}: it is neither noisy nor has a noisy twin"
+    )
+
+
+class _Session:
+    """One run of `Generator`: the cache, and how far each request has come."""
+
+    def __init__(
+        self, owner: Generator, task: str, target: str, requests: Sequence[Request]
+    ) -> None:
+        self.owner, self.task, self.requests = owner, task, requests
+        self.layout = owner.layouts[task]
+        self.target, self.noisy = self.layout[target], noisy_kind(self.layout, target)
+        self.context = closure(self.layout.sees, self.noisy) - {self.noisy, target}
+        self.cache = KVCache()
+        self.active = list(range(len(requests)))
+        self.origins = [self._origin(r) for r in requests]
+        self.latents = [self._beginning(r) for r in requests]
+        #: latents of the target whose clean keys are in the cache
+        self.committed = [self._whole_blocks(len(z)) for z in self.latents]
+
+    @torch.no_grad()
+    def blocks(self, sampler: Sampler, stop: Stop | None) -> Iterator[dict[int, Tensor]]:
+        """Prefill, then denoise and commit until every request is finished."""
+        self._prefill()
+        while self.active:
+            self._denoise(sampler)
+            fresh = {i: self.latents[i] for i in self.active}
+            yield fresh
+            full = [len(z) >= math.prod(self.requests[i].grid) for i, z in fresh.items()]
+            told = stop(list(fresh), list(fresh.values())) if stop else full
+            self._advance([f or t for f, t in zip(full, told, strict=True)])
+
+    # ---- the three moves ----
+
+    def _prefill(self) -> None:
+        """Write what is given, and the whole blocks of the known beginning, into the cache."""
+        samples, values = [], []
+        for r, z, whole in zip(self.requests, self.latents, self.committed, strict=True):
+            given = {k: r.given[k] for k in self.context} | (
+                {self.target.kind: Latent(z[:whole], (whole,))} if whole else {}
+            )
+            samples.append(Sample(self.task, {k: v.grid for k, v in given.items()}))
+            values.append({k: v.values for k, v in given.items()})
+        clean = Layout(tuple(s for s in self.layout.segments if s.noise == "clean"), {})
+        if any(values):
+            self.owner.prior.commit(self._batch(samples, clean, values), self.cache)
+
+    def _denoise(self, sampler: Sampler) -> None:
+        """Integrate the next block of every active request, and append it."""
+        m, kinds = self.target.modality, (self.noisy, UNCONDITIONAL)
+        guided = sampler.guidance_scale != 1
+        layout = Layout(
+            tuple(Segment(k, m, copies=c) for k, c in zip(kinds, (None, self.noisy), strict=True))[
+                : 1 + guided
+            ],
+            {},
+        )
+        starts = [self._start(i) for i in self.active]
+        batch = self._batch([s.sample(self.task, self.noisy) for s in starts], layout)
+        field = _Field(self.owner.prior, batch, self.cache, starts, m, self.noisy, sampler)
+        z = integrate(
+            field, torch.cat([s.noise for s in starts]), sampler.num_steps, sampler.solver
+        )
+        for i, block in zip(self.active, z.split([len(s.noise) for s in starts]), strict=True):
+            self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+
+    def _advance(self, finished: Sequence[bool]) -> None:
+        """Drop finished requests; commit the new block of the others as clean history."""
+        going = [row for row, done in enumerate(finished) if not done]
+        self.active = [self.active[row] for row in going]
+        if not self.active:
+            return
+        self.cache.keep_rows(torch.tensor(going, device=self.owner.device))
+        starts = [self._start(i) for i in self.active]
+        samples = [s.sample(self.task, self.target.kind) for s in starts]
+        values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
+        clean = Layout((replace(self.target, noise="clean"),), {})
+        self.owner.prior.commit(self._batch(samples, clean, values), self.cache)
+        for i in self.active:
+            self.committed[i] = len(self.latents[i])
+
+    # ---- where things stand ----
+
+    def _origin(self, request: Request) -> tuple[int, int]:
+        """Block clock and position at which the target begins."""
+        missing = sorted(self.context - request.given.keys())
+        if missing:
+            raise ValueError(
+                f"{self.task} needs {', '.join(missing)} to generate {self.target.kind};"
+                f" given: {', '.join(sorted(request.given)) or 'nothing'}"
+            )
+        grids = {k: request.given[k].grid for k in self.context} | {self.target.kind: request.grid}
+        for placed in place(self.layout, grids, self.owner.prior.config.axes):
+            if placed.segment.kind == self.target.kind:
+                return int(placed.blocks[0]), int(placed.positions.min())
+        raise AssertionError("the target is always placed")
+
+    def _beginning(self, request: Request) -> Tensor:
+        channels = self.owner.prior.channels[self.target.modality]
+        given = request.given.get(self.target.kind)
+        values = torch.zeros(0, channels) if given is None else given.values
+        return values.to(self.owner.device, self.owner.dtype)
+
+    def _whole_blocks(self, length: int) -> int:
+        return length // self.target.block * self.target.block if self.target.block else 0
+
+    def _start(self, i: int) -> _Start:
+        """The next block of request `i`: where it stands, its noise, and what is known of it."""
+        request, at = self.requests[i], self.committed[i]
+        clock, position = self.origins[i]
+        block = self.target.block
+        grid = (block,) if block else request.grid
+        seed = generator(request.seed, self.task, self.target.kind, at)
+        channels = self.owner.prior.channels[self.target.modality]
+        noise = torch.randn(math.prod(grid), channels, generator=seed)
+        known = self.latents[i][at:]
+        noise = noise.to(self.owner.device, self.owner.dtype)
+        noise[: len(known)] = known
+        return _Start(grid, clock + (at // block if block else 0), position + at, noise, len(known))
+
+    def _batch(
+        self,
+        samples: Sequence[Sample],
+        layout: Layout,
+        values: Sequence[Mapping[str, Tensor]] | None = None,
+    ) -> PackedBatch:
+        owner = self.owner
+        axes = owner.prior.config.axes
+        batch = pack(samples, {self.task: layout}, owner.visibility, None, axes).to(owner.device)
+        # One request a row: rows never meet, so a row needs no identity that could change when
+        # another one is dropped.
+        at = replace(batch.coordinates, sample=batch.coordinates.sample.clamp(max=0))
+        batch = replace(batch, coordinates=at, time_RL=batch.time_RL.to(owner.dtype))
+        if values is None:
+            return batch
+        cast = [{k: v.to(owner.device, owner.dtype) for k, v in one.items()} for one in values]
+        return batch.with_latents(cast)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """One block about to be denoised: `noise` [b, C] holds the `known` first latents already."""
+
+    grid: tuple[int, ...]
+    clock: int
+    position: int
+    noise: Tensor
+    known: int
+
+    def sample(self, task: str, kind: str) -> Sample:
+        return Sample(task, {kind: self.grid}, self.clock, self.position)
+
+
+class _Field:
+    """The guided velocity of all active blocks, ``field(z [sum of b, C], t)``; 0 where known."""
+
+    def __init__(
+        self,
+        prior: Prior,
+        batch: PackedBatch,
+        cache: KVCache,
+        starts: Sequence[_Start],
+        modality: str,
+        kind: str,
+        sampler: Sampler,
+    ):
+        self.prior, self.batch, self.cache = prior, batch, cache
+        self.modality, self.kind, self.scale = modality, kind, sampler.guidance_scale
+        self.lengths = [len(s.noise) for s in starts]
+        device = batch.time_RL.device
+        unknown = [torch.arange(len(s.noise), device=device) >= s.known for s in starts]
+        self.unknown = torch.cat(unknown).to(batch.time_RL.dtype)
+        spans = torch.arange(sum(s.stop - s.start for s in batch.spans), device=device)
+        parts = [(s.segment.kind, spans[s.start : s.stop]) for s in batch.spans]
+        self.conditional = torch.cat([at for k, at in parts if k == kind])
+        others = [at for k, at in parts if k != kind]
+        self.unconditional = torch.cat(others) if others else None
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        values = [{self.kind: part} for part in z.split(self.lengths)]
+        batch = self.batch.with_latents(values)
+        time = torch.zeros_like(batch.time_RL)
+        where = batch.where[self.modality]
+        for at in (self.conditional, self.unconditional):
+            if at is not None:
+                time.view(-1)[where[at]] = t * self.unknown
+        v = self.prior(replace(batch, time_RL=time), self.cache)[self.modality].to(z.dtype)
+        guided = v[self.conditional]
+        if self.unconditional is not None:
+            guided = torch.lerp(v[self.unconditional], guided, self.scale)
+        return guided * self.unknown[:, None]

@@ -1,0 +1,189 @@
+"""A model in one folder that users of diffusers recognise.
+
+    model_index.json     class, version, the plugins and their options, which weights are held
+    text_vae/  ...       each modality's own files: NAME_vae/ and what else it needs (tokenizer/)
+    prior/               config.json, model.safetensors (in shards above 5 GB)
+
+All tensors are safetensors, read strictly. Plugins are named by short name; a path to code is
+followed only with ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from unified.config import Config, PriorConfig
+from unified.errors import validated
+from unified.modality import Modality
+from unified.plugins import build_tasks, modality_plugins
+from unified.prior import Prior
+from unified.task import Task
+from unified.weights import load_weights, save_weights, written_whole
+
+INDEX = "model_index.json"
+#: what a configuration says about a run and its machine, and not about the model
+OF_THE_RUN = {"run", "data", "init", "prior"}
+
+Weights = Literal["ema", "raw"]
+
+
+class UnifiedPipeline:
+    """The modalities, the tasks and the prior of one model; `weights` says which its prior has."""
+
+    def __init__(
+        self,
+        config: Config,
+        modalities: Mapping[str, Modality],
+        tasks: Mapping[str, Task],
+        prior: Prior,
+        weights: Weights = "raw",
+    ):
+        self.config, self.weights = config, weights
+        self.modalities, self.tasks, self.prior = dict(modalities), dict(tasks), prior
+
+    @classmethod
+    def build(
+        cls,
+        config: Config,
+        corpora: Mapping[str, Iterable[Any]] | None = None,
+        trust_remote_code: bool = False,
+    ) -> UnifiedPipeline:
+        """A new model with random weights; `corpora` is modality -> items to fit tokenizers on."""
+        modalities = {
+            name: plugin.build(options, (corpora or {}).get(name))
+            for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
+        }
+        prior = Prior(config.prior, {name: m.channels for name, m in modalities.items()})
+        return cls(config, modalities, build_tasks(config, trust_remote_code), prior)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Part -> module, under the names of the folders: ``text_vae``, ..., ``prior``."""
+        parts: dict[str, nn.Module] = {f"{n}_vae": m for n, m in self.modalities.items()}
+        return {**parts, "prior": self.prior}
+
+    def to(self, device: torch.device | str) -> UnifiedPipeline:
+        """Move every part to `device`."""
+        for module in self.modules.values():
+            module.to(device)
+        return self
+
+    # ---- folders -------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the model to `folder`: all of it, or nothing.
+
+        An existing pipeline there is replaced; ValueError for a folder that holds anything else.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / INDEX).is_file() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds other files and no pipeline; give a new folder")
+        with written_whole(folder) as partial:
+            for name, modality in self.modalities.items():
+                modality.save_pretrained(partial, name)
+            self._save_prior(partial / "prior")
+            index = {
+                "_class_name": type(self).__name__,
+                "_unified_version": version("unified-latents"),
+                "weights": self.weights,
+                **self.config.model_dump(mode="json", exclude=OF_THE_RUN),
+            }
+            write_json(partial / INDEX, index)
+
+    def _save_prior(self, folder: Path) -> None:
+        folder.mkdir()
+        config = {**self.prior.config.model_dump(mode="json"), "channels": self.prior.channels}
+        write_json(folder / "config.json", config)
+        save_weights(self.prior, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        trust_remote_code: bool = False,
+        device: torch.device | str | None = None,
+    ) -> UnifiedPipeline:
+        """Read a pipeline folder, or download one by its hub id (``owner/name``).
+
+        ValueError, naming file and tensor, for weights that are missing, unknown or of another
+        shape, and for plugins given as paths to code without `trust_remote_code`.
+        """
+        folder = find_folder(name)
+        index = read_json(folder / INDEX)
+        weights = index.pop("weights", "raw")
+        described = {key: value for key, value in index.items() if not key.startswith("_")}
+        prior = read_prior(folder / "prior")
+        described["prior"] = prior.config.model_dump()
+        config = validated(Config, described, origin=str(folder / INDEX))
+        plugins = modality_plugins(config, trust_remote_code, str(folder / INDEX))
+        modalities = {n: p.from_pretrained(folder, n) for n, (p, _) in plugins.items()}
+        check_channels(prior, modalities, folder)
+        tasks = build_tasks(config, trust_remote_code, str(folder / INDEX))
+        pipeline = cls(config, modalities, tasks, prior, weights)
+        return pipeline if device is None else pipeline.to(device)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Upload the pipeline folder to the Hugging Face hub; returns its address."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as parent:
+            folder = Path(parent) / "pipeline"
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo, folder_path=folder))
+
+
+def find_folder(name: Path | str) -> Path:
+    """The pipeline folder `name`, downloaded first if it is no local folder but a hub id."""
+    if (Path(name) / INDEX).is_file():
+        return Path(name)
+    if Path(name).exists() or str(name).count("/") != 1 or str(name)[0] in "./~":
+        raise ValueError(f"{name} is neither a pipeline folder (with {INDEX}) nor a hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt"]
+    return Path(snapshot_download(str(name), allow_patterns=patterns))
+
+
+def read_prior(folder: Path) -> Prior:
+    """The prior in its part folder."""
+    fields = read_json(folder / "config.json")
+    channels = fields.pop("channels", {})
+    prior = Prior(validated(PriorConfig, fields, origin=str(folder / "config.json")), channels)
+    load_weights(prior, folder)
+    return prior
+
+
+def check_channels(prior: Prior, modalities: Mapping[str, Modality], folder: Path) -> None:
+    """ValueError if the prior was made for latents of other widths."""
+    widths = {name: m.channels for name, m in modalities.items()}
+    if widths != prior.channels:
+        raise ValueError(f"the prior in {folder} has channels {prior.channels}, not {widths}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file `path`; ValueError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} should hold an object, found {type(found).__name__}")
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,91 @@
+"""What ``unified show`` prints: a task's grid of who sees whom, a model's parameter counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from unified.config import Config
+from unified.errors import did_you_mean, validated
+from unified.plugins import modality_plugins
+from unified.prior import Prior
+from unified.registry import resolve
+from unified.sequence import Layout
+from unified.visibility import draw
+
+
+def task_layout(name: str, block: int, trust_remote_code: bool = False) -> Layout:
+    """The layout of task `name` with its own defaults, its blocks shortened to `block` latents."""
+    cls: Any = resolve("task", name, trust_remote_code)
+    layout: Layout = cls(validated(cls.Config, {"source": "any"})).layout
+    shortened = (replace(s, block=s.block and block) for s in layout.segments)
+    return replace(layout, segments=tuple(shortened))
+
+
+def parse_lengths(text: str, layout: Layout) -> dict[str, int]:
+    """``P=3,C=6`` as lengths by kind; a segment left out gets two blocks, or two latents."""
+    lengths = {s.kind: 2 * (s.block or 1) for s in layout.filled}
+    for pair in filter(None, text.split(",")):
+        kind, _, number = (part.strip() for part in pair.partition("="))
+        if kind not in lengths:
+            raise ValueError(f"no segment {kind!r} to give a length; {did_you_mean(kind, lengths)}")
+        if not number.isdecimal():
+            raise ValueError(f"the length of {kind} should be a whole number, found {number!r}")
+        lengths[kind] = int(number)
+    return lengths
+
+
+def show_task(
+    layout: Layout, lengths: dict[str, int], unconditional: bool = False, as_json: bool = False
+) -> str:
+    """The grid of one sample: queries down, keys across."""
+    kinds, blocks, visible = layout.grid(lengths, unconditional)
+    if as_json:
+        rows = [[int(seen) for seen in row] for row in visible]
+        return json.dumps({"kinds": kinds, "blocks": blocks, "visible": rows})
+    numbers = "  " + " ".join(str(b % 10) for b in blocks)
+    return f"{draw(kinds, visible)}\n\nblock of each position (last digit)\n{numbers}"
+
+
+def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, dict[str, int]]:
+    """Module -> its parts -> number of parameters, without allocating any of them."""
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            name: cls.build(options, None)
+            for name, (cls, options) in modality_plugins(config, trust_remote_code).items()
+        }
+        channels = {name: int(module.channels) for name, module in modules.items()}  # type: ignore[arg-type]
+        modules["prior"] = Prior(config.prior, channels=channels)
+    return {name: _parts(module) for name, module in modules.items()}
+
+
+def _parts(module: nn.Module) -> dict[str, int]:
+    """Parameters of `module` by direct child, each parameter counted once."""
+    seen: set[int] = set()
+    parts: dict[str, int] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) not in seen:
+            part = name.partition(".")[0]
+            parts[part] = parts.get(part, 0) + parameter.numel()
+        seen.add(id(parameter))
+    return parts
+
+
+def show_model(counts: dict[str, dict[str, int]], as_json: bool = False) -> str:
+    """The counts as a table, or as JSON ``{"modules": {...}, "total": n}``."""
+    totals = {name: sum(parts.values()) for name, parts in counts.items()}
+    total = sum(totals.values())
+    if as_json:
+        modules = {n: {"parameters": totals[n], "parts": counts[n]} for n in counts}
+        return json.dumps({"modules": modules, "total": total}, indent=2)
+    rows = []
+    for name, parts in counts.items():
+        rows.append((name, totals[name]))
+        rows += [(f"  {part}", count) for part, count in parts.items()]
+    rows.append(("total", total))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {count:>18,}" for name, count in rows)

@@ -1,0 +1,226 @@
+"""What a stage minimises: the autoencoder's objective (eq. 3.16) or the joint one (eq. 3.18).
+
+An objective splits a step in two. `plan` runs on the CPU without any network: it draws all chance,
+from generators keyed by (seed, stage, step, slot), and counts the positions of every loss term.
+`forward` then gives *sums* over positions. Because the counts are known first, the loop can add
+them up over accumulation steps and ranks before the first backward pass, and every split of a
+batch gives the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unified.config import FlowConfig, StageConfig
+from unified.data.streams import Prepared
+from unified.flow import Draws, FlowMatching
+from unified.modality import Latent, Modality, Posterior, draw
+from unified.prior import Prior
+from unified.randomness import generator
+from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.visibility import Visibility
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The generators of one step: one per example, keyed by what it is for."""
+
+    seed: int
+    stage: str
+    step: int
+
+    def each(self, examples: Sequence[Prepared], purpose: str) -> list[torch.Generator]:
+        return [generator(self.seed, self.stage, self.step, e.slot, purpose) for e in examples]
+
+
+@dataclass(frozen=True)
+class AutoencoderPlan:
+    observations: list[Tensor]
+    generators: list[torch.Generator]
+    counts: dict[str, float]
+
+
+class AutoencoderObjective(nn.Module):
+    """One modality's own stage: reconstruction + beta KL + lambda_mask masking (eq. 3.16)."""
+
+    def __init__(self, modality: Modality, stage: StageConfig, seed: int):
+        super().__init__()
+        self.modality, self.stage, self.seed = modality, stage, seed
+
+    def plan(self, examples: list[Prepared], step: int) -> AutoencoderPlan:
+        observations = [o for e in examples for o in e.observations.values()]
+        generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
+        return AutoencoderPlan(observations, generators, self.modality.counts(observations))
+
+    def forward(self, plan: AutoencoderPlan) -> dict[str, Tensor]:
+        return self.modality.loss(plan.observations, plan.generators)
+
+    def weights(self, step: int) -> dict[str, float]:
+        del step
+        return autoencoder_weights(self.modality, self.stage)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"main": list(self.modality.parameters()), "vae": []}
+
+
+def autoencoder_weights(modality: Modality, stage: StageConfig) -> dict[str, float]:
+    """The modality's own weights, with the stage's `beta` and `mask` in place where it sets them."""
+    weights = modality.weights()
+    for term, value in (("kl", stage.loss.beta), ("mask", stage.loss.mask)):
+        if value is not None and term in weights:
+            weights[term] = value
+    return weights
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """A packed batch still without latents, and everything chance decides about it."""
+
+    examples: list[Prepared]
+    batch: PackedBatch
+    draws: dict[str, Draws]
+    seeds: Seeds
+    counts: dict[str, float]
+
+
+class JointObjective(nn.Module):
+    """Flow matching over all tasks, and (where the autoencoders train) the rest of eq. 3.18."""
+
+    def __init__(
+        self,
+        prior: Prior,
+        modalities: Mapping[str, Modality],
+        layouts: Mapping[str, Layout],
+        stage: StageConfig,
+        flow: FlowConfig,
+        seed: int,
+        references: Mapping[str, Modality] | None = None,
+    ):
+        super().__init__()
+        self.prior = prior
+        self.modalities = nn.ModuleDict(modalities)
+        self.references = nn.ModuleDict(references or {}).requires_grad_(False)
+        self.layouts, self.stage, self.seed = layouts, stage, seed
+        self.visibility = Visibility({name: x.sees for name, x in layouts.items()})
+        self.flow = FlowMatching(flow, layouts)
+        learns = stage.optimizer.vae_lr_ratio > 0
+        self.learning = {name for name, x in modalities.items() if learns and not x.frozen}
+        for name, modality in modalities.items():
+            modality.requires_grad_(name in self.learning)
+
+    # ---- before the network ----
+
+    def plan(self, examples: list[Prepared], step: int) -> JointPlan:
+        seeds = Seeds(self.seed, self.stage.name, step)
+        samples = [Sample(e.stream, self._grids(e)) for e in examples]
+        axes = self.prior.config.axes
+        batch = pack(samples, self.layouts, self.visibility, self.stage.row_length, axes)
+        tasks = [e.stream for e in examples]
+        draws = self.flow.draw(batch, tasks, self.prior.channels, seeds.each(examples, "flow"))
+        counts = FlowMatching.counts(draws)
+        for m in sorted(self.learning):
+            observed = [o for _, _, o in self._observed(examples, m)]
+            counts |= {f"{m}/{term}": n for term, n in self.modality(m).counts(observed).items()}
+            counts |= {f"{m}/entropy": counts.pop(f"{m}/kl")}
+            if m in self.references:
+                counts[f"{m}/ref"] = counts[f"{m}/entropy"]
+        return JointPlan(examples, batch, draws, seeds, counts)
+
+    def modality(self, name: str) -> Modality:
+        found = self.modalities[name]
+        assert isinstance(found, Modality)
+        return found
+
+    def _grids(self, example: Prepared) -> dict[str, tuple[int, ...]]:
+        layout = self.layouts[example.stream]
+        return {
+            kind: self.modality(layout[kind].modality).grid(o)
+            for kind, o in example.observations.items()
+        }
+
+    def _observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Tensor]]:
+        """(example, kind, observation) of everything modality `m` has to encode."""
+        return [
+            (i, kind, o)
+            for i, e in enumerate(examples)
+            for kind, o in e.observations.items()
+            if self.layouts[e.stream][kind].modality == m
+        ]
+
+    # ---- with the network ----
+
+    def forward(self, plan: JointPlan) -> dict[str, Tensor]:
+        device = next(self.prior.parameters()).device
+        values: list[dict[str, Tensor]] = [{} for _ in plan.examples]
+        sums: dict[str, Tensor] = {}
+        for m in self.modalities:
+            sums |= self._encode(m, plan, values)
+        draws = {m: d.to(device) for m, d in plan.draws.items()}
+        batch = plan.batch.to(device).with_latents(values)
+        noisy, targets = self.flow.corrupt(batch, draws)
+        return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+
+    def _encode(
+        self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Latents of everything of modality `m` into `values`; its loss terms where it learns."""
+        modality, observed = self.modality(m), self._observed(plan.examples, m)
+        if not observed:
+            return {}
+        observations = [o for _, _, o in observed]
+        with nullcontext() if m in self.learning else torch.no_grad():
+            posteriors = modality.encode(observations)
+        generators = plan.seeds.each(plan.examples, f"posterior/{m}")
+        latents = [
+            self._latent(p, generators[i])
+            for p, (i, _, _) in zip(posteriors, observed, strict=True)
+        ]
+        for latent, (i, kind, _) in zip(latents, observed, strict=True):
+            values[i][kind] = latent.values
+        if m not in self.learning:
+            return {}
+        masks = plan.seeds.each([plan.examples[i] for i, _, _ in observed], f"mask/{m}")
+        sums = modality.reconstruction(observations, latents)
+        sums |= modality.masking(observations, masks)
+        sums["entropy"] = -torch.stack([p.entropy() for p in posteriors]).sum()
+        if m in self.references:
+            sums["ref"] = self._reference_kl(m, observations, posteriors)
+        return {f"{m}/{term}": value for term, value in sums.items()}
+
+    def _latent(self, posterior: Posterior, generator: torch.Generator) -> Latent:
+        if self.stage.posterior == "mean":
+            return posterior.mode
+        return posterior.sample(draw(posterior, generator))
+
+    def _reference_kl(
+        self, m: str, observations: Sequence[Tensor], posteriors: Sequence[Posterior]
+    ) -> Tensor:
+        """KL to the frozen reference encoder (the last term of eq. 3.18)."""
+        reference = self.references[m]
+        assert isinstance(reference, Modality)
+        with torch.no_grad():
+            anchors = reference.encode(observations)
+        return torch.stack([p.kl(a) for p, a in zip(posteriors, anchors, strict=True)]).sum()
+
+    # ---- weights ----
+
+    def weights(self, step: int) -> dict[str, float]:
+        """lambda_fm on the flow, lambda_vae on the autoencoders' terms, lambda_ref on drift."""
+        del step
+        loss = self.stage.loss
+        weights = {f"flow/{m}": loss.fm * loss.modality.get(m, 1.0) for m in self.modalities}
+        for m in self.learning:
+            own = autoencoder_weights(self.modality(m), self.stage)
+            own["entropy"] = own.pop("kl")
+            weights |= {f"{m}/{term}": loss.vae * w for term, w in own.items()}
+            weights[f"{m}/ref"] = loss.ref
+        return weights
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        vae = [p for m in sorted(self.learning) for p in self.modalities[m].parameters()]
+        return {"main": list(self.prior.parameters()), "vae": vae}

@@ -1,0 +1,195 @@
+"""A training run: the stages of a configuration, one after the other.
+
+Every finished stage leaves a whole pipeline in ``stages/``, and the next one begins from there, so
+a run that was stopped is continued by the same command, from its last checkpoint. What a stage
+leaves behind, and what ends up in ``final/``, are the averaged weights (EMA) where there are any.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from unified.config import Config, StageConfig
+from unified.pipeline import UnifiedPipeline, write_json
+from unified.plugins import validate_plugins
+from unified.randomness import derive
+from unified.training import checkpoint
+from unified.training.folder import RunFolder, flatten
+from unified.training.init import as_json, initialise
+from unified.training.loop import Stage, distributed_settings, evaluate, train_stage
+from unified.training.metrics import say, tracker_names
+from unified.training.stages import Materials, Sources
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def train(config: Config, source: str = "", trust_remote_code: bool = False) -> Path:
+    """Train, or continue, the run in ``config.run.dir``; returns the finished pipeline's folder.
+
+    `source` is the configuration's file, for error messages. ValueError for a configuration whose
+    parts do not fit, and for a folder that holds a run of another configuration.
+    """
+    validate_plugins(config, source, trust_remote_code)
+    folder = RunFolder(config.run.dir)
+    folder.check(config)
+    first = next_stage(config, folder)
+    if first == len(config.stages) and folder.final.is_dir():
+        say(f"the run in {folder.path} is finished: {folder.final}")
+        return folder.final
+    accelerator = start_accelerator(config, folder)
+    if accelerator.is_main_process:
+        folder.write_config(config)
+    sources = Sources(config)
+    pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
+    for stage in config.stages[first:]:
+        run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(folder.final)
+        say(f"finished: {folder.final}")
+    accelerator.end_training()
+    return folder.final
+
+
+def planned_steps(config: Config, stage: StageConfig) -> int:
+    """The steps of a stage, capped by ``training.max_steps``."""
+    cap = config.training.max_steps
+    return stage.steps if cap is None else min(stage.steps, cap)
+
+
+def next_stage(config: Config, folder: RunFolder) -> int:
+    """Index of the stage to run; the number of stages if all have taken their steps.
+
+    ValueError for a stage made longer after a later one began: that one stands on its weights.
+    """
+    if not config.stages:
+        raise ValueError("the configuration has no stages, so there is nothing to train")
+    finished = folder.finished
+    for index, stage in enumerate(config.stages):
+        if finished.get(stage.name, -1) < planned_steps(config, stage):
+            names = [later.name for later in config.stages[index + 1 :]]
+            begun = [n for n in names if n in finished or checkpoint.newest(folder.checkpoints, n)]
+            if begun:
+                raise ValueError(
+                    f"stage {stage.name} finished at step {finished.get(stage.name, 0)} and cannot"
+                    f" be made longer, since stage {begun[0]} has begun from there; choose another"
+                    " run.dir"
+                )
+            return index
+    return len(config.stages)
+
+
+def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
+    """The processes, precision and trackers of the run.
+
+    ValueError if the processes that were launched did not find each other, or shard the model.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[config.training.precision],
+        cpu=not torch.accelerator.is_available(),
+        log_with=tracker_names(config.training.trackers),
+        project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.trackers)),
+        kwargs_handlers=distributed_settings(),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate formed a group of"
+            f" {accelerator.num_processes}; launch them with torchrun --nproc_per_node {launched}"
+        )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(f"accelerate is set to {kind}, but training here is data-parallel only")
+    settings = dict(flatten(config.model_dump(mode="json")))
+    plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
+    accelerator.init_trackers(
+        "unified", plain, init_kwargs={"tensorboard": {"purge_step": reached(config, folder) + 1}}
+    )
+    return accelerator
+
+
+def reached(config: Config, folder: RunFolder) -> int:
+    """Steps that the run has behind it, over all stages."""
+    first = next_stage(config, folder)
+    done = [folder.finished[stage.name] for stage in config.stages[:first]]
+    current = [
+        s
+        for stage in config.stages[first : first + 1]
+        for s in checkpoint.steps(folder.checkpoints, stage.name)
+    ]
+    return sum(done) + max(current, default=0)
+
+
+def starting_point(
+    config: Config,
+    first: int,
+    folder: RunFolder,
+    sources: Sources,
+    accelerator: Accelerator,
+    trust_remote_code: bool,
+) -> UnifiedPipeline:
+    """The pipeline that stage `first` begins with: what the one before left, or a new one."""
+    origin = folder.stages / config.stages[first - 1].name if first else folder.initial
+    if accelerator.is_main_process and not origin.is_dir():
+        build(config, folder, sources, trust_remote_code)
+    accelerator.wait_for_everyone()
+    pipeline = UnifiedPipeline.from_pretrained(origin, trust_remote_code, accelerator.device)
+    pipeline.config = config
+    return pipeline
+
+
+def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code: bool) -> None:
+    """Write a new model, with the parts that ``init`` names, to ``initial/``."""
+    torch.manual_seed(derive(config.run.seed, "build"))
+    corpora = {name: sources.corpus(name, trust_remote_code) for name in config.modalities}
+    pipeline = UnifiedPipeline.build(config, corpora, trust_remote_code)
+    reports = initialise(pipeline)
+    for part, report in reports.items():
+        say(f"init.{part}: {report}")
+    if reports:
+        write_json(folder.path / "init_report.json", as_json(reports))
+    pipeline.save_pretrained(folder.initial)
+
+
+def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator) -> None:
+    """Train one stage and leave the pipeline in ``stages/``."""
+    config, stage, pipeline = materials.config, materials.stage, materials.pipeline
+    if needs_statistics(materials, folder):
+        materials.fit_statistics()
+    objective = materials.objective().to(accelerator.device)
+    batches = materials.validation()
+    progress = train_stage(
+        Stage(
+            stage,
+            config.training,
+            objective,
+            materials.mixture(stage.batch_size, stage.name),
+            folder,
+            config.run.seed,
+            sum(folder.finished.get(s.name, 0) for s in config.stages if s.name != stage.name),
+            config.data.workers,
+            (lambda step: evaluate(objective, batches, accelerator)) if batches else None,
+        ),
+        accelerator,
+    )
+    pipeline.weights = "ema" if config.training.ema else "raw"
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(folder.stages / stage.name)
+        folder.finish(stage.name, progress.step)
+    accelerator.wait_for_everyone()
+
+
+def needs_statistics(materials: Materials, folder: RunFolder) -> bool:
+    """Latent statistics are fitted once, when the first joint stage starts: a prior that is loaded
+    (``init.prior``) or continued knows the latents by the statistics that it was trained with."""
+    config, stage = materials.config, materials.stage
+    joint = [s.name for s in config.stages if s.objective == "joint"]
+    begun = checkpoint.newest(folder.checkpoints, stage.name) is not None
+    return stage.name == next(iter(joint), None) and not begun and config.init.prior is None

@@ -1,0 +1,144 @@
+"""From a stage's configuration to its objective, its data and its validation.
+
+The kinds of stage are the entries of `OBJECTIVES` and `feeds`; nothing else asks what kind one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified.config import Config, StageConfig
+from unified.data.examples import Example
+from unified.data.fixed import fixed_examples
+from unified.data.mixture import Feed, Mixture
+from unified.data.source import Source
+from unified.data.streams import ItemStream, Prepared, TaskStream
+from unified.pipeline import UnifiedPipeline
+from unified.plugins import modality_plugins
+from unified.training.objective import Objective
+from unified.training.objectives import AutoencoderObjective, JointObjective
+
+#: examples that the latent statistics are fitted to
+STATISTICS_EXAMPLES = 512
+
+
+class Sources:
+    """The sources of a configuration; each split is read once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self._open: dict[tuple[str, str], Source] = {}
+
+    def __call__(self, name: str, split: str = "train") -> Source:
+        if (name, split) not in self._open:
+            self._open[name, split] = Source.open(name, self.config.data.sources[name], split)
+        return self._open[name, split]
+
+    def has(self, name: str, split: str) -> bool:
+        return bool(getattr(self.config.data.sources[name], split))
+
+    def corpus(self, modality: str, trust_remote_code: bool = False) -> Iterator[Any]:
+        """The items of one modality in all training sources; those that cannot be read left out.
+
+        They are read by a modality that has no corpus yet, which is built on the first item.
+        """
+        plugin, options = modality_plugins(self.config, trust_remote_code)[modality]
+        reader = {modality: plugin.build(options, None)}
+        for name in self.config.data.sources:
+            source = self(name)
+            for example in (Example(source[i], reader) for i in range(len(source))):
+                if modality in example:
+                    try:
+                        yield example[modality]
+                    except ValueError:  # training skips and counts it, and refuses too many
+                        continue
+
+
+class Materials:
+    """What one stage is made of, given the pipeline as it stands when the stage begins."""
+
+    def __init__(
+        self, config: Config, stage: StageConfig, pipeline: UnifiedPipeline, sources: Sources
+    ):
+        self.config, self.stage, self.pipeline, self.sources = config, stage, pipeline, sources
+
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.stage.objective](self.config, self.stage, self.pipeline)
+
+    @cached_property
+    def streams(self) -> list[tuple[ItemStream | TaskStream, str, float]]:
+        """(stream, source, ratio): one a source, or in a joint stage one a task."""
+        stage, modalities = self.stage, self.pipeline.modalities
+        if stage.modality is not None and stage.objective == "autoencoder":
+            return [
+                (ItemStream(source, stage.modality, modalities), source, ratio)
+                for source, ratio in stage.sources.items()
+            ]
+        return [
+            (TaskStream(n, t, modalities, stage.row_length), t.config.source, t.config.ratio)
+            for n, t in self.pipeline.tasks.items()
+        ]
+
+    def mixture(self, batch_size: int, purpose: str) -> Mixture:
+        """The training data, in an order that depends on `purpose`."""
+        feeds = [Feed(stream, self.sources(source), r) for stream, source, r in self.streams]
+        return Mixture(
+            feeds,
+            batch_size=batch_size,
+            seed=self.config.run.seed,
+            stage=purpose,
+            max_bad_share=self.config.data.max_bad_share,
+        )
+
+    def validation(self) -> list[list[Prepared]]:
+        """The first examples of each stream's ``val`` split, in batches (none without a split)."""
+        size = self.stage.batch_size // self.stage.accumulate
+        count, batches = self.config.training.validation_examples, []
+        for stream, source, ratio in self.streams:
+            if ratio and self.sources.has(source, "val"):
+                found = fixed_examples(self.sources(source, "val"), stream, count)
+                batches += [found[i : i + size] for i in range(0, len(found), size)]
+        return batches
+
+    @torch.no_grad()
+    def fit_statistics(self) -> None:
+        """Fit every modality's latent statistics to examples of the tasks (a joint stage)."""
+        observations: dict[str, list[Tensor]] = {}
+        for example in self.mixture(STATISTICS_EXAMPLES, "statistics").batch(0):
+            layout = self.pipeline.tasks[example.stream].layout
+            for kind, observation in example.observations.items():
+                observations.setdefault(layout[kind].modality, []).append(observation)
+        for name, found in observations.items():
+            self.pipeline.modalities[name].eval().fit_statistics(found)
+
+
+def _autoencoder(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+    modality = pipeline.modalities[str(stage.modality)]
+    return AutoencoderObjective(modality, stage, config.run.seed)
+
+
+def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+    """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
+    anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
+    learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
+    return JointObjective(
+        pipeline.prior,
+        pipeline.modalities,
+        {name: task.layout for name, task in pipeline.tasks.items()},
+        stage,
+        config.flow,
+        config.run.seed,
+        {name: deepcopy(modality) for name, modality in learning.items()},
+    )
+
+
+OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline], Objective]] = {
+    "autoencoder": _autoencoder,
+    "joint": _joint,
+}
