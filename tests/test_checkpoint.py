@@ -34,7 +34,7 @@ def everything(folder: Path) -> dict[str, Tensor]:
     }
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The machine went away."""
 
 
@@ -44,7 +44,7 @@ def killed_at(stage: Stage, step: int) -> Stage:
 
     def dying(plan: object) -> dict[str, Tensor]:
         if next(calls) == step * stage.config.accumulate:
-            raise Killed
+            raise KilledError
         return forward(plan)
 
     stage.objective.forward = dying  # type: ignore[method-assign]
@@ -59,7 +59,7 @@ def test_a_killed_run_continues_bit_for_bit(
     dropout = {"dropout": 0.3}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     train_stage(toy(straight, stage_config(**settings), objective=dropout), accelerator)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train_stage(
             killed_at(toy(broken, stage_config(**settings), objective=dropout), died_at),
             accelerator,
@@ -113,9 +113,14 @@ def test_an_incomplete_checkpoint_is_never_read(
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with written_whole(tmp_path / "a") as folder:
         (folder / "x").write_text("old")
-    with pytest.raises(Killed), written_whole(tmp_path / "a") as folder:
-        (folder / "x").write_text("new")
-        raise Killed
+
+    def fail() -> None:
+        with written_whole(tmp_path / "a") as folder:
+            (folder / "x").write_text("new")
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        fail()
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "x").read_text() == "old"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 from unified import cli
 
 CONFIG = """
-modalities: {text: {type: text}}
+modalities:
+  text: {type: text, vocab_size: 300, dim: 24, ffn_dim: 32, num_heads: 2, latent_dim: 4}
 tasks: {continuation: {type: continuation, source: prose}}
 data: {sources: {prose: {train: [a.tar]}}}
 prior: {width: 32, heads: 2, head_dim: 16, rope_dim: 12, single_stream_depth: 2}
@@ -148,10 +150,16 @@ def stand_in(monkeypatch, name: str, **contents) -> None:
 
 def test_train_passes_the_configuration_on(config, capsys, monkeypatch):
     calls = []
-    stand_in(monkeypatch, "unified.training.run", train=lambda c, source: calls.append((c, source)))
-    run(capsys, "train", config, "run.seed=7", "run.dir=elsewhere")
-    ((read, source),) = calls
-    assert (read.run.seed, read.run.dir, source) == (7, "elsewhere", config)
+
+    def train(read, source, trust_remote_code):
+        calls.append((read.run.seed, source, trust_remote_code))
+        return Path(read.run.dir, "final")
+
+    stand_in(monkeypatch, "unified.training.run", train=train)
+    printed = run(capsys, "train", config, "run.seed=7", "run.dir=elsewhere")
+    assert printed == f"{Path('elsewhere/final')}\n"
+    run(capsys, "train", config, "--trust-remote-code")
+    assert calls == [(7, config, False), (0, config, True)]
 
 
 class FakePipeline:

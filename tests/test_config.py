@@ -149,6 +149,7 @@ def test_a_mistake_names_who_wrote_it(base):
     assert fails(base, "stages.joint.step=3").startswith(
         "the override stages.joint.step=3: unknown"
     )
+    assert fails(base, "stages.0={name: a, steps: x}").startswith("the override stages.0=")
     base.write_text(BASE + "flow: {wrong: 1}\n")
     assert fails(child(base, "run: {seed: 1}")).startswith(f"{base}: unknown key flow.wrong")
 

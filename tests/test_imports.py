@@ -20,7 +20,7 @@ LAYERS = [
     {"sequence", "flow", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},
     {"generate", "likelihood", "data"},
-    {"training", "evaluation", "pipeline"},
+    {"training", "evaluation", "inference", "pipeline"},
     {"cli", "show"},
 ]
 

@@ -28,13 +28,13 @@ class ToyExample:
 
 @dataclass(frozen=True)
 class ToyPlan:
-    x_NW: Tensor
-    noise_NW: Tensor
-    marked_N: Tensor
+    x: Tensor
+    noise: Tensor
+    marked: Tensor
 
     @property
     def counts(self) -> dict[str, float]:
-        return {"fit": float(len(self.x_NW)), "size": float(self.marked_N.sum())}
+        return {"fit": float(len(self.x)), "size": float(self.marked.sum())}
 
 
 class ToyObjective(Objective):
@@ -59,10 +59,10 @@ class ToyObjective(Objective):
         return ToyPlan(torch.stack([e.x for e in examples]), torch.stack(noise), marked)
 
     def forward(self, plan: ToyPlan) -> dict[str, Tensor]:
-        z_NW = self.encoder(plan.x_NW)
-        y_NW = self.main(self.dropout(z_NW) + 0.1 * plan.noise_NW) + self.frozen(z_NW)
-        error_N = ((y_NW - plan.x_NW.flip(-1)) ** 2).sum(-1)
-        return {"fit": error_N.sum(), "size": (z_NW**2).sum(-1)[plan.marked_N].sum()}
+        z_NW = self.encoder(plan.x)
+        y_NW = self.main(self.dropout(z_NW) + 0.1 * plan.noise) + self.frozen(z_NW)
+        error_N = ((y_NW - plan.x.flip(-1)) ** 2).sum(-1)
+        return {"fit": error_N.sum(), "size": (z_NW**2).sum(-1)[plan.marked].sum()}
 
     def weights(self, step: int) -> dict[str, float]:
         return {"fit": 1.0, "size": 0.1}
@@ -93,6 +93,11 @@ def stage_config(**changes: Any) -> StageConfig:
     optimizer = {"lr": 0.05, "vae_lr_ratio": 0.5, "warmup_steps": 2}
     fields = {"name": "toy", "objective": "joint", "steps": 6, "batch_size": 8}
     return StageConfig.model_validate({**fields, "optimizer": optimizer, **changes})
+
+
+def interval_stage() -> StageConfig:
+    """Two accumulation steps, and autoencoders that rest every third step."""
+    return stage_config(accumulate=2, interval={"train": 2, "freeze": 1})
 
 
 def training_config(**changes: Any) -> TrainingConfig:
@@ -127,7 +132,7 @@ def main(folder: str, world: str) -> None:
 
     accelerator = Accelerator(cpu=True, kwargs_handlers=distributed_settings())
     assert accelerator.num_processes == int(world), accelerator.num_processes
-    train_stage(toy(Path(folder)), accelerator)
+    train_stage(toy(Path(folder), interval_stage()), accelerator)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Allow plugins named by a path to code.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="A pipeline folder.")]
+Checkpoint = Annotated[
+    str, typer.Option(metavar="DIR", help="A pipeline folder, or its hub id OWNER/NAME.")
+]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="ODE steps per block.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
@@ -59,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @app.command()
-def train(config: ConfigName, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigName, overrides: Overrides = None, trust_remote_code: Trust = False
+) -> None:
     """Train a model, stage by stage; the same command continues a run that was interrupted."""
     from unified.configuring import load_config
     from unified.training.run import train as run
 
-    run(load_config(config, overrides or []), source=config)
+    print(run(load_config(config, overrides or []), config, trust_remote_code))
 
 
 @app.command()
@@ -78,7 +82,7 @@ def version() -> None:
 # ---- generate ----------------------------------------------------------------------------------
 
 
-def _pipeline(checkpoint: Path, trust_remote_code: bool) -> Any:
+def _pipeline(checkpoint: str, trust_remote_code: bool) -> Any:
     from unified.pipeline import UnifiedPipeline
 
     return UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

@@ -65,7 +65,8 @@ class DataConfig(Part):
     sources: dict[str, SourceConfig] = {}
     #: an epoch with more than this share of bad examples is an error; fewer are skipped and counted
     max_bad_share: float = Field(0.01, ge=0, le=1)
-    workers: int = Field(0, ge=0)
+    #: steps whose data is prepared ahead, in a thread; 0 prepares each step when it is due
+    prefetch: int = Field(2, ge=0)
 
 
 class TimestepConfig(Part):

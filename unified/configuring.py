@@ -38,6 +38,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree, origins = _inherit(path, ())
     for override in overrides:
         keys = _override(tree, override)
+        origins = {k: who for k, who in origins.items() if k[: len(keys)] != keys}
         origins[keys] = f"the override {override}"
     _remove_nulls(tree)
     return validated(Config, tree, origin=lambda keys: _origin(origins, keys, str(path)))

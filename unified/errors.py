@@ -69,7 +69,7 @@ def _nearest(keys: Keys, model: type[BaseModel], at: Keys) -> str:
         path[-1]
         for path in known
         if len(path) == len(keys)
-        and all(p in ("*", k) for p, k in zip(path, parents, strict=False))
+        and all(p in ("*", k) for p, k in zip(path[:-1], parents, strict=True))
     ]
     near = [".".join(at + path) for path in known if path[-1] == name]
     near += [".".join((*at, *parents, s)) for s in get_close_matches(name, siblings, n=1)]

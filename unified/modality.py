@@ -108,13 +108,31 @@ class Modality(nn.Module, ABC):
         """A shard member's bytes as an item. ValueError says what is wrong with the bytes."""
 
     @abstractmethod
-    def observe(self, item: Any, *, block: int | None = None, ends: bool = False) -> Tensor:
+    def observe(
+        self,
+        item: Any,
+        *,
+        block: int | None = None,
+        ends: bool = False,
+        limit: int | None = None,
+    ) -> Tensor:
         """The item as a CPU tensor.
 
         With `ends` the item is closed (text: eos is appended); with `block` the observation is
-        padded so that its latents fill whole blocks of that many. ValueError for an item that
-        cannot be represented, saying what was found and what would be right.
+        padded so that its latents fill whole blocks of that many; with `limit` an item of more
+        latents is cut there, and then not closed. ValueError for an item that cannot be
+        represented, saying what was found and what would be right.
         """
+
+    def has_ended(self, observation: Tensor) -> bool:
+        """Whether what is being generated is complete (text: it has an eos)."""
+        del observation
+        return False
+
+    @abstractmethod
+    def grid_for(self, size: Any) -> tuple[int, ...]:
+        """The grid of something new of `size` in the modality's own unit (text: number of tokens;
+        image: (height, width) in pixels); None is the modality's default."""
 
     @abstractmethod
     def realise(self, observation: Tensor) -> Any:

@@ -11,7 +11,7 @@ followed only with ``trust_remote_code=True``.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from torch import nn
 
 from unified.config import Config, PriorConfig
 from unified.errors import validated
+from unified.generate import Sampler
+from unified.inference import Inference, Seed, Wish
 from unified.modality import Modality
 from unified.plugins import build_tasks, modality_plugins
 from unified.prior import Prior
@@ -74,6 +76,102 @@ class UnifiedPipeline:
         for module in self.modules.values():
             module.to(device)
         return self
+
+    # ---- generation ----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        task: str,
+        given: Sequence[Mapping[str, Any]],
+        size: Any = None,
+        seed: Seed = None,
+        generator: torch.Generator | None = None,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: str | None = None,
+    ) -> list[Any]:
+        """One item per entry of `given` (items by kind), by any task of this model.
+
+        `size` is in the target modality's own unit. Output i depends on its seed alone, not on
+        its batch: `seed` is one number, from which each output derives its own, or a list of one
+        per output; a `generator` draws them; without either they differ from call to call. The
+        other settings default to the configuration's `generation`. ValueError for a task or a
+        segment that the model does not have, and for input that cannot be represented.
+        """
+        runner, sampler, seeds = self._runner(
+            task, len(given), seed, generator, num_steps, guidance_scale, solver
+        )
+        return runner.run([Wish(items, size) for items in given], sampler, seeds)
+
+    def stream(
+        self, task: str, given: Sequence[Mapping[str, Any]], size: Any = None, **settings: Any
+    ) -> Iterator[dict[int, Any]]:
+        """As `generate`, yielding after every block ``{index: its item so far}``."""
+        options = dict.fromkeys(("seed", "generator", "num_steps", "guidance_scale", "solver"))
+        runner, sampler, seeds = self._runner(task, len(given), **(options | settings))
+        return runner.stream([Wish(items, size) for items in given], sampler, seeds)
+
+    def continue_text(
+        self, prompts: Sequence[str], max_new_tokens: int | None = None, **settings: Any
+    ) -> list[str]:
+        """What follows each prompt. See `generate`."""
+        given = [{"C": prompt} for prompt in texts(prompts)]
+        return self.generate("continuation", given, self._new_tokens(max_new_tokens), **settings)
+
+    def caption(
+        self,
+        images: Sequence[Any],
+        prompts: Sequence[str] | None = None,
+        max_new_tokens: int | None = None,
+        **settings: Any,
+    ) -> list[str]:
+        """A text about each image, told by `prompts` (default: the instruction of training)."""
+        told = [self._task("captioning").config.instruction] * len(images)
+        given = [
+            {"I": image, "P": prompt}
+            for image, prompt in zip(
+                images, told if prompts is None else texts(prompts), strict=True
+            )
+        ]
+        return self.generate("captioning", given, self._new_tokens(max_new_tokens), **settings)
+
+    def text_to_image(
+        self, prompts: Sequence[str], size: int | tuple[int, int] | None = None, **settings: Any
+    ) -> list[Any]:
+        """An image of each prompt; `size` is (height, width) in pixels, or one side of a square."""
+        given = [{"C": prompt} for prompt in texts(prompts)]
+        return self.generate("text_to_image", given, size, **settings)
+
+    def _runner(
+        self,
+        task: str,
+        count: int,
+        seed: Seed,
+        generator: torch.Generator | None,
+        num_steps: int | None,
+        guidance_scale: float | None,
+        solver: str | None,
+    ) -> tuple[Inference, Sampler, Seed]:
+        self._task(task)
+        if seed is not None and generator is not None:
+            raise ValueError("give a seed or a generator, not both")
+        if generator is not None:
+            seed = torch.randint(1 << 62, (count,), generator=generator).tolist()
+        default = self.config.generation
+        sampler = Sampler(
+            default.num_steps if num_steps is None else num_steps,
+            default.guidance_scale if guidance_scale is None else guidance_scale,
+            default.solver if solver is None else solver,
+        )
+        return Inference(self.modalities, self.tasks, self.prior, task), sampler, seed
+
+    def _task(self, name: str) -> Any:
+        if name not in self.tasks:
+            raise ValueError(f"this model has no task {name!r}; it has {', '.join(self.tasks)}")
+        return self.tasks[name]
+
+    def _new_tokens(self, asked: int | None) -> int:
+        return self.config.generation.max_new_tokens if asked is None else asked
 
     # ---- folders -------------------------------------------------------------------------------
 
@@ -143,6 +241,15 @@ class UnifiedPipeline:
             return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
 
+def texts(prompts: Sequence[str]) -> Sequence[str]:
+    """`prompts`, once they are known to be a list of texts that say something."""
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of texts, found one text: put it in a list")
+    if not all(prompts):
+        raise ValueError("a prompt is empty; it must say something, if only one word")
+    return prompts
+
+
 def find_folder(name: Path | str) -> Path:
     """The pipeline folder `name`, downloaded first if it is no local folder but a hub id."""
     if (Path(name) / INDEX).is_file():
@@ -152,7 +259,12 @@ def find_folder(name: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt"]
-    return Path(snapshot_download(str(name), allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no local folder, and downloading it from the hub failed: {error}"
+        ) from error
 
 
 def read_prior(folder: Path) -> Prior:

@@ -64,14 +64,19 @@ def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[st
 
 
 def _parts(module: nn.Module) -> dict[str, int]:
-    """Parameters of `module` by direct child, each parameter counted once."""
-    seen: set[int] = set()
+    """Parameters of `module` by part, each parameter counted once.
+
+    Parts are its children; where one child holds everything, they are that child's children.
+    """
+    children = dict(module.named_children())
+    named = dict(module.named_parameters())
+    outer = {name.partition(".")[0] for name in named}
+    if len(outer) == 1 and outer <= set(children):
+        return _parts(children[outer.pop()])
     parts: dict[str, int] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if id(parameter) not in seen:
-            part = name.partition(".")[0]
-            parts[part] = parts.get(part, 0) + parameter.numel()
-        seen.add(id(parameter))
+    for name, parameter in named.items():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
     return parts
 
 

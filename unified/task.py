@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from unified.modality import PluginConfig
+from torch import Tensor
+
+from unified.modality import Modality, PluginConfig
 from unified.sequence import Layout
 
 
@@ -43,6 +45,27 @@ class Task(ABC):
     def generates(self) -> str:
         """The kind that this task's generation realises, e.g. ``"C"`` or ``"I"``."""
 
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Kind -> most latents of its item in training; a longer item is cut, not refused."""
+        return {}
+
     @abstractmethod
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        """Kind -> item, for every segment that is not a twin. Keys of `example` are modality names."""
+        """Kind -> item, for every segment that is not a twin; `example` has modality names."""
+
+    def observe(
+        self, modalities: Mapping[str, Modality], kind: str, item: Any, opens: bool = False
+    ) -> Tensor:
+        """The observation of `item` as segment `kind`, in training and in generation alike.
+
+        A segment that generation must learn to end is closed, and one with blocks fills whole
+        blocks, unless it `opens`: a beginning that is to be continued.
+        """
+        segment = self.layout[kind]
+        modality = modalities[segment.modality]
+        if opens:
+            return modality.observe(item)
+        ends = segment.block is not None or self.layout.is_target(segment)
+        limit = self.limits.get(kind)
+        return modality.observe(item, block=segment.block, ends=ends, limit=limit)

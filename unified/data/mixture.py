@@ -73,6 +73,8 @@ class Epochs:
     def reject(self, reason: str) -> None:
         """Count the index just given as bad; ValueError if that is too many for an epoch."""
         self.bad += 1
+        if self.bad == 1:
+            log.warning("skipping a bad example, the first of this epoch: %s", reason)
         self._reasons = [*self._reasons, reason][:REASONS]
         total = len(self._feed.source)
         if self.bad > self._max_bad_share * total or self.bad == total:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
+def prefetch(
+    make: Callable[[int], T], start: int, stop: int, depth: int = 2
+) -> Generator[T, None, None]:
     """``make(start) .. make(stop - 1)`` in order, up to `depth` of them ahead of the consumer.
 
     One thread makes all of them, one after the other, so `make` may keep state; what it yields is

@@ -45,7 +45,6 @@ class Stream(Protocol):
 class TaskStream:
     """The samples of one task: its segments filled, each observed by its modality.
 
-    A segment that generation must learn to end is closed, and one with blocks fills whole blocks.
     With `row_length`, a sample with more latents (twins included) than a row holds is an error.
     """
 
@@ -73,11 +72,7 @@ class TaskStream:
         with example.naming():
             items = self._task.fill(example)
             observations = {
-                s.kind: self.modalities[s.modality].observe(
-                    items[s.kind],
-                    block=s.block,
-                    ends=self._layout.is_target(s) or s.block is not None,
-                )
+                s.kind: self._task.observe(self.modalities, s.kind, items[s.kind])
                 for s in self._layout.filled
             }
             self._check_fits(observations)

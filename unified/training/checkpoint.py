@@ -78,7 +78,7 @@ def restore_optimizer(
 
 
 def save(folder: Path, trained: Trained) -> Path:
-    """Write ``folder/STAGE-STEP`` and drop older checkpoints, but for the best. Main process only."""
+    """Write ``folder/STAGE-STEP`` and drop older ones, but for the best. Main process only."""
     step = trained.progress.step
     path = folder / f"{trained.stage}-{step}"
     tensors = {

@@ -9,7 +9,6 @@ that only one side has are reported.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +20,6 @@ from torch import nn
 from unified.modality import Modality
 from unified.pipeline import INDEX, UnifiedPipeline, read_prior
 from unified.weights import check_shapes, named_tensors
-
-log = logging.getLogger(__name__)
 
 #: the suffix of a modality's part
 VAE = "_vae"
@@ -57,7 +54,6 @@ def initialise(pipeline: UnifiedPipeline) -> dict[str, Report]:
             raise ValueError(f"init.{part} is given, but the model has no {part}")
         load = _load_prior if part == "prior" else _load_modality
         reports[part] = load(pipeline, part, Path(origin).expanduser())
-        log.info("init.%s from %s", part, reports[part])
     return reports
 
 

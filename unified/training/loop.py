@@ -103,9 +103,12 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Steps to take; ``training.max_steps`` cuts the stage short (0 takes none)."""
-        cap = self.training.max_steps
-        return self.config.steps if cap is None else min(self.config.steps, cap)
+        return planned_steps(self.config, self.training)
+
+
+def planned_steps(stage: StageConfig, training: TrainingConfig) -> int:
+    """The steps of a stage; ``training.max_steps`` cuts it short (0 takes none)."""
+    return stage.steps if training.max_steps is None else min(stage.steps, training.max_steps)
 
 
 def share(examples: Sequence[Any], part: int, parts: int) -> list[Any]:
@@ -211,7 +214,7 @@ class Loop:
         self.metrics = Metrics(
             stage.folder.metrics, stage.config.name, stage.steps, accelerator, stage.first
         )
-        self.since = (time.monotonic(), self.trained.progress.step)
+        self.since = (self.trained.progress.seconds, self.trained.progress.step)
 
     def _resume(self) -> checkpoint.Trained:
         """The stage's state, at its newest checkpoint or at its beginning."""
@@ -238,14 +241,15 @@ class Loop:
         self.metrics.start(progress.step)
         work = prefetch(self._prepare, progress.step, stage.steps, stage.prefetch)
         with contextlib.closing(work):
+            began = time.monotonic()
             for prepared in work:
-                began = time.monotonic()
                 values = self.step(progress.step, prepared)
                 progress.step += 1
                 progress.data = prepared.data
                 progress.seconds += time.monotonic() - began
                 self.metrics.advance()
                 self._between(values)
+                began = time.monotonic()
         if self.trained.ema is not None:
             self.trained.ema.copy_to_parameters()
 
@@ -268,7 +272,7 @@ class Loop:
     # ---- one step ------------------------------------------------------------------------------
 
     def _prepare(self, step: int) -> Work:
-        """Read and plan this rank's part of a step. Nothing here needs the network or the device."""
+        """Read and plan this rank's part of a step, without network or device."""
         batch = self.stage.data.batch(step)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         plans = [
@@ -316,8 +320,8 @@ class Loop:
                 parts = [factors[term] * losses[term] for term in losses if term in factors]
                 self.accelerator.backward(torch.stack(parts).sum())
             for term, loss in losses.items():
-                sums[term] = sums.get(term, 0.0) + loss.detach()
-        local = {term: float(loss) for term, loss in sums.items()}
+                sums[term] = sums[term] + loss.detach() if term in sums else loss.detach()
+        local = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         return over_ranks(add([local], list(counts)), self.accelerator)
 
     def _apart(self, apart: bool) -> AbstractContextManager[Any]:
@@ -340,9 +344,9 @@ class Loop:
 
     def _report(self, values: Mapping[str, float]) -> None:
         progress, (then, before) = self.trained.progress, self.since
-        self.since = (time.monotonic(), progress.step)
+        self.since = (progress.seconds, progress.step)
         examples = (progress.step - before) * self.stage.config.batch_size
-        speed = examples / max(1e-9, self.since[0] - then)
+        speed = examples / max(1e-9, progress.seconds - then)
         line = {**values, "examples_per_s": speed, "seconds": progress.seconds}
         self.metrics.write(progress.step, line)
 

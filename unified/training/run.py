@@ -20,7 +20,13 @@ from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
-from unified.training.loop import Stage, distributed_settings, evaluate, train_stage
+from unified.training.loop import (
+    Stage,
+    distributed_settings,
+    evaluate,
+    planned_steps,
+    train_stage,
+)
 from unified.training.metrics import say, tracker_names
 from unified.training.stages import Materials, Sources
 
@@ -55,12 +61,6 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     return folder.final
 
 
-def planned_steps(config: Config, stage: StageConfig) -> int:
-    """The steps of a stage, capped by ``training.max_steps``."""
-    cap = config.training.max_steps
-    return stage.steps if cap is None else min(stage.steps, cap)
-
-
 def next_stage(config: Config, folder: RunFolder) -> int:
     """Index of the stage to run; the number of stages if all have taken their steps.
 
@@ -70,7 +70,7 @@ def next_stage(config: Config, folder: RunFolder) -> int:
         raise ValueError("the configuration has no stages, so there is nothing to train")
     finished = folder.finished
     for index, stage in enumerate(config.stages):
-        if finished.get(stage.name, -1) < planned_steps(config, stage):
+        if finished.get(stage.name, -1) < planned_steps(stage, config.training):
             names = [later.name for later in config.stages[index + 1 :]]
             begun = [n for n in names if n in finished or checkpoint.newest(folder.checkpoints, n)]
             if begun:
@@ -94,7 +94,7 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[config.training.precision],
         cpu=not torch.accelerator.is_available(),
-        log_with=tracker_names(config.training.trackers),
+        log_with=tracker_names(config.training.trackers) or None,
         project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.trackers)),
         kwargs_handlers=distributed_settings(),
     )
@@ -174,8 +174,9 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             folder,
             config.run.seed,
             sum(folder.finished.get(s.name, 0) for s in config.stages if s.name != stage.name),
-            config.data.workers,
+            config.data.prefetch,
             (lambda step: evaluate(objective, batches, accelerator)) if batches else None,
+            materials.sample,
         ),
         accelerator,
     )

@@ -1,6 +1,7 @@
 """From a stage's configuration to its objective, its data and its validation.
 
-The kinds of stage are the entries of `OBJECTIVES` and `feeds`; nothing else asks what kind one is.
+What depends on the kind of a stage (its objective, its streams, its samples) is decided here and
+nowhere else. Modalities and tasks are whatever the pipeline holds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
 from unified.plugins import modality_plugins
+from unified.training import samples
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
 
@@ -75,9 +78,9 @@ class Materials:
     def streams(self) -> list[tuple[ItemStream | TaskStream, str, float]]:
         """(stream, source, ratio): one a source, or in a joint stage one a task."""
         stage, modalities = self.stage, self.pipeline.modalities
-        if stage.modality is not None and stage.objective == "autoencoder":
+        if stage.objective == "autoencoder":
             return [
-                (ItemStream(source, stage.modality, modalities), source, ratio)
+                (ItemStream(source, str(stage.modality), modalities), source, ratio)
                 for source, ratio in stage.sources.items()
             ]
         return [
@@ -96,15 +99,36 @@ class Materials:
             max_bad_share=self.config.data.max_bad_share,
         )
 
+    @cached_property
+    def held_out(self) -> dict[str, list[Prepared]]:
+        """Stream -> the first examples of its ``val`` split, where it has one."""
+        count = self.config.training.validation_examples
+        return {
+            stream.name: fixed_examples(self.sources(source, "val"), stream, count)
+            for stream, source, ratio in self.streams
+            if ratio and self.sources.has(source, "val")
+        }
+
     def validation(self) -> list[list[Prepared]]:
-        """The first examples of each stream's ``val`` split, in batches (none without a split)."""
+        """The held-out examples in batches, as large as a training step's microbatches."""
         size = self.stage.batch_size // self.stage.accumulate
-        count, batches = self.config.training.validation_examples, []
-        for stream, source, ratio in self.streams:
-            if ratio and self.sources.has(source, "val"):
-                found = fixed_examples(self.sources(source, "val"), stream, count)
-                batches += [found[i : i + size] for i in range(0, len(found), size)]
-        return batches
+        return [
+            examples[i : i + size]
+            for examples in self.held_out.values()
+            for i in range(0, len(examples), size)
+        ]
+
+    def sample(self, step: int, folder: Path) -> None:
+        """Write what the model makes of the first held-out examples into `folder`."""
+        del step
+        for stream, examples in self.held_out.items():
+            few = examples[: samples.SAMPLES]
+            if self.stage.objective == "joint":
+                items = samples.generate(self.pipeline, stream, few, self.config.generation)
+            else:
+                modality = self.pipeline.modalities[str(self.stage.modality)]
+                items = samples.reconstruct(modality, [e.observations["X"] for e in few])
+            samples.write(folder, stream, items)
 
     @torch.no_grad()
     def fit_statistics(self) -> None:

@@ -1,0 +1,277 @@
+"""Text as a modality: token ids, their VAE, and the losses of its stage.
+
+An observation is a vector of ids [T]; its latents are [T / patch_size, C]. The posterior mean goes
+through a LayerNorm without parameters, so latents have about zero mean and unit variance from the
+first step on, and normalised space is the encoder's own (up to two stored scalars).
+
+Shape legend: T tokens of one text, B texts, L latents, C latent channels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.rnn import pad_sequence
+
+from unified.errors import validated
+from unified.modalities.text.layers import at_least_fp32
+from unified.modalities.text.tokenizer import Tokenizer
+from unified.modalities.text.vae import TextVAE
+from unified.modalities.text.vae_config import TextVAEConfig
+from unified.modality import Latent, Modality, Posterior, draw
+from unified.weights import load_weights, save_weights
+
+CONFIG = "config.json"
+
+
+class TextConfig(TextVAEConfig):
+    """The network's sizes, and how it is trained and fed."""
+
+    #: weight of the KL to the base prior (beta of eq. 3.16), per latent, against nats per token
+    beta: float = Field(3e-3, ge=0)
+    #: weight of the masked-token loss (lambda_mask of eq. 3.16); 0 leaves it out
+    mask_weight: float = Field(0.1, ge=0)
+    #: share of a text's tokens that the masked-token loss hides
+    mask_rate: float = Field(0.15, gt=0, le=1)
+    #: a tokenizer.json, or its folder, to use instead of training one
+    tokenizer: str | None = None
+    #: longest text, in tokens, eos included
+    max_tokens: int = Field(512, gt=0)
+
+
+class TextModality(Modality):
+    """Strictly causal (or block-causal) text latents; see the module's docstring."""
+
+    Config = TextConfig
+    extensions: ClassVar[tuple[str, ...]] = ("txt",)
+
+    def __init__(self, config: TextConfig, tokenizer: Tokenizer | None):
+        super().__init__()
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, but vocab_size is"
+                f" {config.vocab_size}; it must be at least as large"
+            )
+        self.config: TextConfig = config
+        self._tokenizer = tokenizer
+        self.network = TextVAE(config)
+
+    @property
+    def channels(self) -> int:
+        return self.config.latent_dim
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(
+                "this text modality was built without a corpus and has no tokenizer:"
+                " build it with one, or name a tokenizer in its configuration"
+            )
+        return self._tokenizer
+
+    # ---- items and observations -----------------------------------------------------------------
+
+    def read(self, data: bytes) -> str:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"a text must be UTF-8, found {error.reason} at byte {error.start}"
+            ) from None
+
+    def observe(
+        self, item: str, *, block: int | None = None, ends: bool = False, limit: int | None = None
+    ) -> Tensor:
+        """`item` as int64 ids [T]: eos if it `ends`, then pads up to whole patches and blocks."""
+        _check(item)
+        ids = self.tokenizer.encode(item) + [self.tokenizer.eos_id] * ends
+        if limit is not None:
+            ids = ids[: limit * self.config.patch_size]
+        if not ids:
+            raise ValueError("an empty text has no tokens: it needs at least one, or an end")
+        if len(ids) > self.config.max_tokens:
+            raise ValueError(
+                f"a text has {len(ids)} tokens, eos included, but max_tokens is"
+                f" {self.config.max_tokens}: shorten it (see prefix) or raise max_tokens"
+            )
+        missing = -len(ids) % ((block or 1) * self.config.patch_size)
+        return torch.tensor(ids + [self.tokenizer.pad_id] * missing)
+
+    def realise(self, observation: Tensor) -> str:
+        return self.tokenizer.decode(observation.tolist())
+
+    def prefix(self, text: str, tokens: int) -> str:
+        """The longest prefix of `text`, ending between two tokens, that has at most `tokens`."""
+        return self.tokenizer.prefix(text, tokens)
+
+    def has_ended(self, observation: Tensor) -> bool:
+        return bool((observation == self.tokenizer.eos_id).any())
+
+    def grid_for(self, size: int | None) -> tuple[int, ...]:
+        """Latents of `size` tokens, rounded up to whole patches; by default `max_tokens`."""
+        tokens = self.config.max_tokens if size is None else size
+        if tokens < 1:
+            raise ValueError(f"a text to generate has at least 1 token, {tokens} were asked for")
+        return (-(-tokens // self.config.patch_size),)
+
+    def grid(self, observation: Tensor) -> tuple[int, ...]:
+        return (len(observation) // self.config.patch_size,)
+
+    # ---- the autoencoder ------------------------------------------------------------------------
+
+    def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
+        ids_BT = self._batch(observations)
+        grids = [self.grid(o) for o in observations]
+        lengths_B = torch.tensor([length for (length,) in grids])
+        mean_BLC, logvar_BLC = self.network.encoder(ids_BT, lengths_B)
+        mean_BLC = (mean_BLC - self.config.shifting_factor) * self.config.scaling_factor
+        logvar_BLC = logvar_BLC + 2 * math.log(self.config.scaling_factor)
+        return [
+            Posterior(mean_LC[: grid[0]], logvar_LC[: grid[0]], grid)
+            for mean_LC, logvar_LC, grid in zip(mean_BLC, logvar_BLC, grids, strict=True)
+        ]
+
+    def logits(self, latents: Sequence[Latent]) -> Tensor:
+        """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest."""
+        lengths_B = torch.tensor([len(z.values) for z in latents])
+        z_BLC = pad_sequence([z.values for z in latents], batch_first=True)
+        decoder = self.network.decoder
+        return decoder(z_BLC.to(decoder.in_layer.weight), lengths_B=lengths_B)
+
+    def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
+        ids_BT = self.logits(latents).argmax(-1).cpu()
+        lengths = [len(z.values) * self.config.patch_size for z in latents]
+        return [ids_T[:length] for ids_T, length in zip(ids_BT, lengths, strict=True)]
+
+    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+        counts = {
+            "reconstruction": float(sum(self._real(o) for o in observations)),
+            "kl": float(sum(self.grid(o)[0] for o in observations)),
+        }
+        if self.config.mask_weight:
+            counts["mask"] = float(sum(self._hidden(o) for o in observations))
+        return counts
+
+    def reconstruction(
+        self, observations: Sequence[Tensor], latents: Sequence[Latent]
+    ) -> dict[str, Tensor]:
+        """Summed cross entropy of all tokens but pads, in nats."""
+        return {"reconstruction": self._cross_entropy(latents, observations)}
+
+    def masking(
+        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
+    ) -> dict[str, Tensor]:
+        """Summed cross entropy of hidden tokens, read through encoder, posterior and decoder.
+
+        How many are hidden is a function of the text alone; which ones, its generator draws. A
+        strictly causal encoder has only the left context to predict them from.
+        """
+        if not self.config.mask_weight:
+            return {}
+        inputs, targets = [], []
+        for ids_T, generator in zip(observations, generators, strict=True):
+            real = (ids_T != self.tokenizer.pad_id).nonzero()[:, 0]
+            order = torch.randperm(len(real), generator=generator)
+            hidden = real[order[: self._hidden(ids_T)].to(real.device)]
+            inputs.append(ids_T.index_fill(0, hidden, self.config.vocab_size))
+            target = torch.full_like(ids_T, self.tokenizer.pad_id)
+            targets.append(target.index_copy(0, hidden, ids_T[hidden]))
+        posteriors = self.encode(inputs)
+        latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
+        return {"mask": self._cross_entropy(latents, targets)}
+
+    def weights(self) -> dict[str, float]:
+        weights = {"reconstruction": 1.0, "kl": self.config.beta}
+        return weights | ({"mask": self.config.mask_weight} if self.config.mask_weight else {})
+
+    def fit_statistics(self, observations: Sequence[Tensor]) -> None:
+        """Nothing to fit: the encoder's last LayerNorm fixes the scale of text latents, and the
+        decoder is trained on latents that `scaling_factor` and `shifting_factor` have passed."""
+
+    def _real(self, ids_T: Tensor) -> int:
+        return int((ids_T != self.tokenizer.pad_id).sum())
+
+    def _hidden(self, ids_T: Tensor) -> int:
+        return max(1, round(self.config.mask_rate * self._real(ids_T)))
+
+    @property
+    def _device(self) -> torch.device:
+        return self.network.encoder.wte.weight.device
+
+    def _batch(self, observations: Sequence[Tensor]) -> Tensor:
+        pad = self.tokenizer.pad_id
+        return pad_sequence(list(observations), batch_first=True, padding_value=pad).to(
+            self._device
+        )
+
+    def _cross_entropy(self, latents: Sequence[Latent], targets: Sequence[Tensor]) -> Tensor:
+        """-log p of all targets that are not pads, given the latents of their texts; a sum."""
+        logits_BTV = at_least_fp32(self.logits(latents))
+        return F.cross_entropy(
+            logits_BTV.flatten(0, 1),
+            self._batch(targets).flatten(),
+            ignore_index=self.tokenizer.pad_id,
+            reduction="sum",
+        )
+
+    # ---- making, files --------------------------------------------------------------------------
+
+    @classmethod
+    def build(cls, config: TextConfig, corpus: Iterable[str] | None) -> TextModality:
+        """A new modality; its tokenizer is `config.tokenizer`, else trained on `corpus`."""
+        tokenizer = None
+        if config.tokenizer is not None:
+            tokenizer = Tokenizer.load(config.tokenizer)
+        elif corpus is not None:
+            tokenizer = Tokenizer.train(corpus, config.vocab_size)
+        return cls(config, tokenizer)
+
+    def save_pretrained(self, folder: Path | str, name: str) -> None:
+        """Write ``{name}_vae/`` and the tokenizer's folder (``tokenizer/`` for the name "text")."""
+        vae = Path(folder) / f"{name}_vae"
+        vae.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(_tokenizer_folder(folder, name))
+        fields = self.config.model_dump(mode="json") | {"tokenizer": None}
+        (vae / CONFIG).write_text(json.dumps({"type": "text", **fields}, indent=2) + "\n", "utf-8")
+        save_weights(self.network, vae)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, name: str) -> TextModality:
+        """Read what `save_pretrained` wrote. ValueError for a file or tensor that does not fit."""
+        vae = Path(folder) / f"{name}_vae"
+        modality = cls(_read_config(vae / CONFIG), Tokenizer.load(_tokenizer_folder(folder, name)))
+        load_weights(modality.network, vae)
+        return modality
+
+
+def _check(item: object) -> None:
+    """ValueError unless `item` is a string of whole characters (JSON can hold half an emoji)."""
+    if not isinstance(item, str):
+        raise ValueError(f"a text must be a str, but a {type(item).__name__} was found")
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ascii(item[error.start])
+        raise ValueError(f"a text cannot hold half a character, found {found}") from None
+
+
+def _read_config(path: Path) -> TextConfig:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the folder holds no saved text modality")
+    fields = json.loads(path.read_text("utf-8"))
+    kind = fields.pop("type", None)
+    if kind != "text":
+        raise ValueError(f"{path} has type {kind!r}, but a text modality's is 'text'")
+    return validated(TextConfig, fields, origin=str(path))
+
+
+def _tokenizer_folder(folder: Path | str, name: str) -> Path:
+    return Path(folder) / ("tokenizer" if name == "text" else f"{name}_tokenizer")

@@ -1,0 +1,76 @@
+"""Samples while training: what the model makes of the first validation examples.
+
+A joint stage generates each task's target from the rest of the example; where there is no rest (a
+text that goes on), from the first half of the target. An autoencoder stage reconstructs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unified.config import GenerationConfig
+from unified.data.streams import Prepared
+from unified.generate import Generator, Request, Sampler
+from unified.modality import Latent, Modality
+from unified.pipeline import UnifiedPipeline
+from unified.randomness import derive
+from unified.sequence import Layout
+
+#: examples of each stream
+SAMPLES = 4
+
+
+def reconstruct(modality: Modality, observations: Sequence[Tensor]) -> list[Any]:
+    """The items that the autoencoder gives back."""
+    latents = [posterior.mode for posterior in modality.encode(observations)]
+    return [modality.realise(o) for o in modality.decode(latents)]
+
+
+def generate(
+    pipeline: UnifiedPipeline, task: str, examples: Sequence[Prepared], config: GenerationConfig
+) -> list[Any]:
+    """The items that `task` generates for `examples`, each as large as the true one."""
+    layout, target = pipeline.tasks[task].layout, pipeline.tasks[task].generates
+    requests = [
+        request(layout, target, encoded(pipeline.modalities, layout, e), derive("sample", e.slot))
+        for e in examples
+    ]
+    layouts = {name: t.layout for name, t in pipeline.tasks.items()}
+    sampler = Sampler(config.num_steps, config.guidance_scale, config.solver)
+    latents = Generator(pipeline.prior, layouts).run(task, target, requests, sampler)
+    modality = pipeline.modalities[layout[target].modality]
+    return [modality.realise(o) for o in modality.decode(latents)]
+
+
+def encoded(
+    modalities: Mapping[str, Modality], layout: Layout, example: Prepared
+) -> dict[str, Latent]:
+    """Kind -> latent of an example."""
+    return {
+        kind: modalities[layout[kind].modality].encode([observation])[0].mode
+        for kind, observation in example.observations.items()
+    }
+
+
+def request(layout: Layout, target: str, latents: Mapping[str, Latent], seed: int) -> Request:
+    """All but the target as given; without anything else, the target's first half."""
+    given = {kind: latent for kind, latent in latents.items() if kind != target}
+    grid = latents[target].grid
+    if not given and layout[target].block is not None:
+        half = grid[0] // 2
+        given = {target: Latent(latents[target].values[:half], (half,))}
+    return Request(given, grid, seed)
+
+
+def write(folder: Path, stream: str, items: Sequence[Any]) -> None:
+    """One file an item: ``STREAM-INDEX.txt`` or ``.png``."""
+    for index, item in enumerate(items):
+        path = folder / f"{stream}-{index}"
+        if isinstance(item, str):
+            path.with_suffix(".txt").write_text(item + "\n", encoding="utf-8")
+        else:
+            item.save(path.with_suffix(".png"))
