@@ -6,7 +6,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN    := $(CURDIR)/.venv/bin
 STAGE  ?= $(CURDIR)/build/stage
-export OMP_NUM_THREADS ?= 1
 
 PLUGINS := modalities tasks configs demos
 SOURCES := unified $(PLUGINS) tests $(wildcard benchmarks)
@@ -14,7 +13,7 @@ SOURCES := unified $(PLUGINS) tests $(wildcard benchmarks)
 .PHONY: quickstart test lint types tests stage format
 
 quickstart: .venv/installed
-	$(BIN)/unified train quickstart.yaml
+	$(BIN)/python -m unified.demos.quickstart
 
 test: lint types tests
 
@@ -29,8 +28,9 @@ format: .venv/installed-dev
 types: .venv/installed-dev stage
 	cd $(STAGE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p unified
 
+# one thread a test process: more would only wait for each other
 tests: .venv/installed-dev
-	$(BIN)/pytest -n auto $(if $(CI),,-m "not slow")
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(if $(CI),,-m "not slow")
 
 # A type checker cannot follow an installation that keeps unified.modalities in ./modalities and
 # passes over what it does not find, so it is shown the packages where an installed one has them.

@@ -72,12 +72,11 @@ def full_forward(model, layouts, task: str, target: str, request: Request, sampl
         z[:known] = done[committed:] if known else z[:0]
         pinned = torch.arange(size) < known
 
-        def field(x, t, pinned=pinned, committed=committed, size=size, z=z):
+        def field(x, t, pinned=pinned, history=done[:committed], z=z):
             x = torch.where(pinned[:, None], z, x)
-            both = [velocity(model, layout, task, target, noisy, request, done[:committed], x, t, pinned, u)
-                    for u in (False, True)]  # fmt: skip
-            v = both[1] + sampler.guidance_scale * (both[0] - both[1])
-            return v * ~pinned[:, None]
+            here = (model, layout, task, target, noisy, request, history, x, t, pinned)
+            v_c, v_u = velocity(*here, False), velocity(*here, True)
+            return (v_u + sampler.guidance_scale * (v_c - v_u)) * ~pinned[:, None]
 
         z = integrate(field, z, sampler.num_steps, sampler.solver)
         done, known, committed = torch.cat([done[:committed], z]), 0, committed + size

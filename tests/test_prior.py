@@ -41,7 +41,7 @@ def reach(model: Prior, batch) -> dict[tuple[int, int], bool]:
 
 def table_closure(batch) -> torch.Tensor:
     """Transitive closure of the mask over positions [R * L, R * L], itself included."""
-    rows, length = batch.shape
+    _, length = batch.shape
     mask = batch.visibility.dense(batch.coordinates)
     eye = torch.eye(length, dtype=torch.bool)
     reached = mask | eye

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.tokenizer import Tokenizer
-
 from unified.modality import Latent
 from unified.randomness import generator
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import toys
 from torch.nn.attention.flex_attention import flex_attention
-from unified.tasks import captioning, continuation, text_to_image
 
 from unified.attention import attend, see
+from unified.tasks import captioning, continuation, text_to_image
 from unified.visibility import (
     ALL,
     BEFORE,

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from unified.tasks.captioning import Captioning, CaptioningConfig
-from unified.tasks.continuation import Continuation, ContinuationConfig
-from unified.tasks.text_to_image import TextToImage, TextToImageConfig
 
 from unified.config import FlowConfig, PriorConfig
 from unified.flow import FlowMatching
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.tasks.captioning import Captioning, CaptioningConfig
+from unified.tasks.continuation import Continuation, ContinuationConfig
+from unified.tasks.text_to_image import TextToImage, TextToImageConfig
 from unified.visibility import Visibility
 
 CHANNELS = {"text": 3, "image": 5}

@@ -128,6 +128,8 @@ class StageConfig(Part):
     #: autoencoder stages: which modality, and the mixture of sources to read
     modality: str | None = None
     sources: dict[str, float] = {}
+    #: autoencoder stages: a longer item gives a random part of this many latents (text)
+    crop: int | None = Field(None, gt=0)
     steps: int = Field(gt=0)
     #: examples of one optimizer step, over all processes and accumulation steps
     batch_size: int = Field(32, gt=0)
@@ -144,6 +146,16 @@ class StageConfig(Part):
     def _complete(self) -> StageConfig:
         if self.objective == "autoencoder" and not (self.modality and self.sources):
             raise ValueError(f"stage {self.name}: an autoencoder stage needs modality and sources")
+        if self.loss.ref and not self.optimizer.vae_lr_ratio:
+            raise ValueError(
+                f"stage {self.name}: loss.ref holds learning autoencoders to a reference, but"
+                " optimizer.vae_lr_ratio is 0, so none learns"
+            )
+        if self.interval and not self.optimizer.vae_lr_ratio:
+            raise ValueError(
+                f"stage {self.name}: interval alternates learning and resting autoencoders, but"
+                " optimizer.vae_lr_ratio is 0, so none learns"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"stage {self.name}: batch_size {self.batch_size} must be a multiple of"

@@ -1,9 +1,9 @@
 """Flow matching: the path from latents to noise, its velocity, and the way back.
 
 The path is straight, ``z_t = (1 - t) z_0 + t eps`` for t in [0, 1], so its velocity is constant,
-``eps - z_0`` (rectified flow; paper 3.2.2 and 16.9). Training draws a timestep for each noise group,
-a block of noisy text or a whole noisy image, and regresses the velocity. Sampling integrates
-``dz/dt = v`` from t = 1 to 0.
+``eps - z_0`` (rectified flow; paper 3.2.2 and 16.9). Training draws a timestep for each noise
+group, a block of noisy text or a whole noisy image, and regresses the velocity. Sampling
+integrates ``dz/dt = v`` from t = 1 to 0.
 
 Shape legend: N positions of one modality over a batch, C channels, n positions of one span,
 g noise groups of one span.

@@ -30,7 +30,8 @@ class PluginConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Latent:
-    """One encoded item: values [L, C], and the grid whose product is L (text ``(L,)``, image ``(h, w)``)."""
+    """One encoded item: values [L, C], and the grid of L cells: ``(L,)`` for text, ``(h, w)``
+    for an image."""
 
     values: Tensor
     grid: tuple[int, ...]
@@ -123,6 +124,15 @@ class Modality(nn.Module, ABC):
         latents is cut there, and then not closed. ValueError for an item that cannot be
         represented, saying what was found and what would be right.
         """
+
+    def crop(self, observation: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+        """A part of the observation of at most `limit` latents, drawn at random. ValueError where
+        a part of an item is no item."""
+        del generator
+        length = math.prod(self.grid(observation))
+        if length > limit:
+            raise ValueError(f"an item of {length} latents is more than {limit} and cannot be cut")
+        return observation
 
     def has_ended(self, observation: Tensor) -> bool:
         """Whether what is being generated is complete (text: it has an eos)."""

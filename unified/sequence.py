@@ -172,7 +172,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Span:
-    """Where one segment of one sample lies in its modality's latents: ``latents[m][start:stop]``."""
+    """Where one segment of one sample lies: ``latents[modality][start:stop]``."""
 
     sample: int
     segment: Segment

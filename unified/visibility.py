@@ -128,7 +128,7 @@ class Visibility:
     def mask_mod(
         self, query: Coordinates, key: Coordinates | None = None
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The same rule as a FlexAttention ``mask_mod(row, head, query position, key position)``."""
+        """The same rule as FlexAttention's ``mask_mod(row, head, query, key)``."""
         key = key or query
 
         def visible(r: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

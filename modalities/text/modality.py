@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from unified.errors import validated
@@ -111,6 +111,15 @@ class TextModality(Modality):
     def prefix(self, text: str, tokens: int) -> str:
         """The longest prefix of `text`, ending between two tokens, that has at most `tokens`."""
         return self.tokenizer.prefix(text, tokens)
+
+    def crop(self, observation: Tensor, limit: int, generator: torch.Generator) -> Tensor:
+        """A random window of `limit` latents of a longer text."""
+        tokens = limit * self.config.patch_size
+        starts = (len(observation) - tokens) // self.config.patch_size + 1
+        if starts <= 1:
+            return observation[:tokens]
+        start = int(torch.randint(starts, (), generator=generator)) * self.config.patch_size
+        return observation[start : start + tokens]
 
     def has_ended(self, observation: Tensor) -> bool:
         return bool((observation == self.tokenizer.eos_id).any())

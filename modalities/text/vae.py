@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from unified.modalities.text.layers import Blocks, KVCache, at_least_fp32
 from unified.modalities.text.vae_config import TextVAEConfig

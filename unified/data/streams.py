@@ -95,10 +95,18 @@ class TaskStream:
 class ItemStream:
     """The items of one modality, as its autoencoder trains on them: one observation, kind ``X``.
 
-    Items are closed (``ends``), so that the autoencoder learns whatever marks an end.
+    Items are closed (``ends``), so that the autoencoder learns whatever marks an end. With `crop`,
+    a longer item gives a random part of that many latents.
     """
 
-    def __init__(self, name: str, modality: str, modalities: Mapping[str, Modality]):
+    def __init__(
+        self,
+        name: str,
+        modality: str,
+        modalities: Mapping[str, Modality],
+        crop: int | None = None,
+    ):
+        self._crop = crop
         self.name = name
         self.modalities = modalities
         self._modality = modality
@@ -109,7 +117,9 @@ class ItemStream:
             )
 
     def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
-        del generator  # the item determines the observation
+        modality = self.modalities[self._modality]
         with example.naming():
-            item = example[self._modality]
-            return {"X": self.modalities[self._modality].observe(item, ends=True)}
+            observation = modality.observe(example[self._modality], ends=True)
+            if self._crop is not None:
+                observation = modality.crop(observation, self._crop, generator)
+        return {"X": observation}

@@ -147,14 +147,39 @@ def total(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 @torch.no_grad()
 def evaluate(
-    objective: Objective, batches: Iterable[Sequence[Any]], accelerator: Accelerator
+    objective: Objective,
+    streams: Mapping[str, Sequence[Sequence[Any]]],
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """``loss`` and the average of each term over `batches`, shared among the processes.
+    """``loss`` and the average of each term over the batches of all `streams`, and of each stream
+    (``STREAM/TERM``); every batch is shared among the processes.
 
     The draws are those of steps 0, 1, ...: the same ones at every evaluation.
     """
     weights = objective.weights(0)
     terms = sorted(weights)
+    found = {
+        name: [over_ranks(part, accelerator) for part in _sums(objective, batches, accelerator)]
+        for name, batches in streams.items()
+    }
+    everything = [
+        [sum(column) for column in zip(*part, strict=True)]
+        for part in zip(*found.values(), strict=True)
+    ]
+    means = {
+        name: averages(sums, dict(zip(terms, counts, strict=True)))
+        for name, (sums, counts) in {**found, "": everything}.items()
+    }
+    overall = means.pop("")
+    each = {f"{name}/{term}": v for name, mean in means.items() for term, v in mean.items()}
+    return {"loss": total(overall, weights), **overall, **each}
+
+
+def _sums(
+    objective: Objective, batches: Sequence[Sequence[Any]], accelerator: Accelerator
+) -> tuple[list[float], list[float]]:
+    """This process's sums and counts of each term, over its share of `batches`."""
+    terms = sorted(objective.weights(0))
     sums, counts = [0.0] * len(terms), [0.0] * len(terms)
     for index, batch in enumerate(batches):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
@@ -164,9 +189,7 @@ def evaluate(
         losses = {term: float(loss) for term, loss in objective(plan).items()}
         sums = [a + b for a, b in zip(sums, add([losses], terms), strict=True)]
         counts = [a + b for a, b in zip(counts, add([plan.counts], terms), strict=True)]
-    sums, counts = over_ranks(sums, accelerator), over_ranks(counts, accelerator)
-    means = averages(sums, dict(zip(terms, counts, strict=True)))
-    return {"loss": total(means, weights), **means}
+    return sums, counts
 
 
 def distributed_settings() -> list[Any]:

@@ -23,6 +23,7 @@ from unified.modality import Latent, Modality, Posterior, draw
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.training.objective import Objective
 from unified.visibility import Visibility
 
 
@@ -45,14 +46,14 @@ class AutoencoderPlan:
     counts: dict[str, float]
 
 
-class AutoencoderObjective(nn.Module):
+class AutoencoderObjective(Objective):
     """One modality's own stage: reconstruction + beta KL + lambda_mask masking (eq. 3.16)."""
 
     def __init__(self, modality: Modality, stage: StageConfig, seed: int):
         super().__init__()
         self.modality, self.stage, self.seed = modality, stage, seed
 
-    def plan(self, examples: list[Prepared], step: int) -> AutoencoderPlan:
+    def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
         observations = [o for e in examples for o in e.observations.values()]
         generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
         return AutoencoderPlan(observations, generators, self.modality.counts(observations))
@@ -69,7 +70,7 @@ class AutoencoderObjective(nn.Module):
 
 
 def autoencoder_weights(modality: Modality, stage: StageConfig) -> dict[str, float]:
-    """The modality's own weights, with the stage's `beta` and `mask` in place where it sets them."""
+    """The modality's own weights, but `beta` and `mask` where the stage sets them."""
     weights = modality.weights()
     for term, value in (("kl", stage.loss.beta), ("mask", stage.loss.mask)):
         if value is not None and term in weights:
@@ -81,14 +82,14 @@ def autoencoder_weights(modality: Modality, stage: StageConfig) -> dict[str, flo
 class JointPlan:
     """A packed batch still without latents, and everything chance decides about it."""
 
-    examples: list[Prepared]
+    examples: Sequence[Prepared]
     batch: PackedBatch
     draws: dict[str, Draws]
     seeds: Seeds
     counts: dict[str, float]
 
 
-class JointObjective(nn.Module):
+class JointObjective(Objective):
     """Flow matching over all tasks, and (where the autoencoders train) the rest of eq. 3.18."""
 
     def __init__(
@@ -115,7 +116,7 @@ class JointObjective(nn.Module):
 
     # ---- before the network ----
 
-    def plan(self, examples: list[Prepared], step: int) -> JointPlan:
+    def plan(self, examples: Sequence[Prepared], step: int) -> JointPlan:
         seeds = Seeds(self.seed, self.stage.name, step)
         samples = [Sample(e.stream, self._grids(e)) for e in examples]
         axes = self.prior.config.axes

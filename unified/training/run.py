@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unified.config import Config, StageConfig
+from unified.config import Config
 from unified.pipeline import UnifiedPipeline, write_json
 from unified.plugins import validate_plugins
 from unified.randomness import derive

@@ -109,14 +109,13 @@ class Materials:
             if ratio and self.sources.has(source, "val")
         }
 
-    def validation(self) -> list[list[Prepared]]:
-        """The held-out examples in batches, as large as a training step's microbatches."""
+    def validation(self) -> dict[str, list[list[Prepared]]]:
+        """Stream -> held-out examples in batches, as large as a training step's microbatches."""
         size = self.stage.batch_size // self.stage.accumulate
-        return [
-            examples[i : i + size]
-            for examples in self.held_out.values()
-            for i in range(0, len(examples), size)
-        ]
+        return {
+            name: [examples[i : i + size] for i in range(0, len(examples), size)]
+            for name, examples in self.held_out.items()
+        }
 
     def sample(self, step: int, folder: Path) -> None:
         """Write what the model makes of the first held-out examples into `folder`."""

@@ -1,0 +1,72 @@
+"""Small measures, and how sure one can be of their mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unified.randomness import generator
+
+
+def psnr(x: Tensor, y: Tensor, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio ``10 log10(peak^2 / mean squared error)`` in dB.
+
+    `x` and `y` have one shape and run from 0 to `peak`; equal ones give infinity.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"PSNR compares tensors of one shape, found {x.shape} and {y.shape}")
+    error = float((x.double() - y.double()).square().mean())
+    return 10 * math.log10(peak**2 / error) if error else math.inf
+
+
+def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
+    """Least number of insertions, deletions and substitutions from `a` to `b` (Levenshtein)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            best = min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+            previous, row[j] = row[j], best
+    return row[-1]
+
+
+def normalised_edit_distance(a: Sequence[object], b: Sequence[object]) -> float:
+    """`edit_distance` over the longer length: 0 for equal ones, 1 where nothing is shared."""
+    return edit_distance(a, b) / max(len(a), len(b), 1)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of `count` values, and the percentile bootstrap interval around it."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def bootstrap(
+    values: Tensor, level: float = 0.95, resamples: int = 4000, seed: int = 0
+) -> Interval:
+    """The mean of `values` [E] with its interval: E values are drawn anew, with replacement,
+    `resamples` times, and the middle share `level` of the means so found is kept.
+
+    ValueError for no values, and for one that is not finite.
+    """
+    values_E = values.double().flatten().cpu()
+    if not len(values_E) or not values_E.isfinite().all():
+        raise ValueError(f"the bootstrap needs finite values, found {len(values_E)} of them")
+    drawn_SE = torch.randint(
+        len(values_E), (resamples, len(values_E)), generator=generator(seed, "bootstrap")
+    )
+    means_S = values_E[drawn_SE].mean(1)
+    tail = (1 - level) / 2
+    low, high = torch.quantile(means_S, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Interval(float(values_E.mean()), float(low), float(high), len(values_E))
