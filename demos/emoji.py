@@ -7,14 +7,14 @@ wide and the flat ones 64, so images are compared at `SIDE` pixels, the smaller 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image
-from unified.modalities.text.tokenizer import Tokenizer
 
 from unified.data.examples import Example
 from unified.data.source import Source
+from unified.modalities.text.tokenizer import Tokenizer
 from unified.modality import Modality
 
 TEXT, IMAGE = "text", "image"
@@ -33,23 +33,19 @@ class Emoji:
     style: str
 
 
-def read_emoji(
-    source: Source, modalities: dict[str, Modality], count: int | None = None
-) -> list[Emoji]:
-    """The first `count` examples of a split, or all of them. ValueError for other metadata."""
-    return list(_read(source, modalities, len(source) if count is None else count))
+def read_emoji(source: Source, modalities: Mapping[str, Modality]) -> list[Emoji]:
+    """All examples of a split. ValueError for one whose metadata is not an emoji's."""
+    return [_read(Example(source[index], modalities)) for index in range(len(source))]
 
 
-def _read(source: Source, modalities: dict[str, Modality], count: int) -> Iterator[Emoji]:
-    for index in range(min(count, len(source))):
-        example = Example(source[index], modalities)
-        told = example.metadata
-        if told.get("style") not in STYLES or not told.get("name"):
-            raise ValueError(
-                f"shard {example.shard}, example {example.key}: an emoji's .json has a name and a"
-                f" style, {' or '.join(STYLES)}; found {told}"
-            )
-        yield Emoji(example[IMAGE], example[TEXT], told["name"], told["style"])
+def _read(example: Example) -> Emoji:
+    told = example.metadata
+    if told.get("style") not in STYLES or not told.get("name"):
+        raise ValueError(
+            f"shard {example.shard}, example {example.key}: an emoji's .json has a name and a"
+            f" style, {' or '.join(STYLES)}; found {told}"
+        )
+    return Emoji(example[IMAGE], example[TEXT], told["name"], told["style"])
 
 
 def named(caption: str) -> str:
@@ -76,7 +72,3 @@ def common(image: Image.Image) -> Image.Image:
     """The image at `SIDE` x `SIDE` pixels."""
     size = (SIDE, SIDE)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def styles(emoji: Sequence[Emoji]) -> list[str]:
-    return [e.style for e in emoji]

@@ -12,27 +12,37 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
 
 from unified.config import Config
 from unified.data.fixed import fixed_examples
+from unified.data.source import Source
 from unified.data.streams import Prepared, TaskStream
 from unified.demos.emoji import (
-    IMAGE, STYLES, TEXT, Emoji, common, name_tokens, named, read_emoji, says_style,
-)  # fmt: skip
+    IMAGE,
+    STYLES,
+    TEXT,
+    Emoji,
+    common,
+    name_tokens,
+    named,
+    read_emoji,
+    says_style,
+)
 from unified.demos.linear import ImagePCA, mean_psnr, thumbnail
-from unified.evaluation.flow_loss import encode, target_loss
+from unified.evaluation.flow_loss import TargetLoss, encode, target_loss
 from unified.evaluation.metrics import normalised_edit_distance
 from unified.evaluation.nearest import latent_vectors, nearest_centroids, retrieved
 from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.reconstruction import reconstruct
+from unified.modalities.text.modality import TextModality
+from unified.modality import Latent
 from unified.pipeline import UnifiedPipeline
 from unified.training.stages import Sources
 
-SOURCE, PROSE = "emoji", "prose"
 PAINTING, CAPTIONING, CONTINUATION = "text_to_image", "captioning", "continuation"
 #: each caption is reconstructed from this many posterior samples
 TEXT_SAMPLES = 4
@@ -41,8 +51,8 @@ COMPONENTS, THUMBNAIL = (64, 256), 16
 #: timesteps and noises per example for the flow losses
 DRAWS = 2
 PASSAGES = 128
-#: training images that say what a style looks like
-STYLE_IMAGES = 256
+#: images of a split that retrieval chooses among; of training, they say what a style looks like
+REFERENCES = 256
 CANDIDATES = 10
 #: how many of a kind the gallery shows
 PICTURES = 12
@@ -108,6 +118,7 @@ class _Run:
     def __init__(
         self, pipeline: UnifiedPipeline, config: Config, count: int, settings: dict[str, Any]
     ):
+        check(pipeline)
         self.pipeline, self.count, self.settings = pipeline, count, settings
         self.seed = int(settings["seed"])
         self.sources = Sources(config)
@@ -116,20 +127,23 @@ class _Run:
         self.emoji = cache(self._emoji)
         self.own_loss = cache(self._own_loss)
 
-    def _emoji(self, split: str, count: int | None = None) -> list[Emoji]:
-        return read_emoji(self.sources(SOURCE, split), self.pipeline.modalities, count)
+    def _source(self, task: str, split: str) -> Source:
+        return self.sources(self.pipeline.tasks[task].config.source, split)
+
+    def _emoji(self, split: str) -> list[Emoji]:
+        return read_emoji(self._source(PAINTING, split), self.pipeline.modalities)
 
     # ---- the autoencoders ----
 
     def caption_reconstruction(self) -> dict[str, Any]:
         """Of the tokens of held-out names, the share that comes back from posterior samples."""
-        emoji = self.emoji("val")
+        emoji, tokenizer = self.emoji("val"), cast(TextModality, self.text).tokenizer
         shown = [self.text.observe(e.caption, ends=True) for e in emoji]
         right, whole = [], []
         for sample in range(TEXT_SAMPLES):
             back = reconstruct(self.text, shown, seed=self.seed + sample)
             for e, ids_T, back_T in zip(emoji, shown, back, strict=True):
-                named_T = torch.tensor(name_tokens(self.text.tokenizer, e.caption, e.name))
+                named_T = torch.tensor(name_tokens(tokenizer, e.caption, e.name))
                 right.append((ids_T == back_T)[: len(named_T)][named_T])
                 whole.append(self.text.realise(back_T) == e.caption)
         return {
@@ -173,7 +187,7 @@ class _Run:
             prepared.append(Prepared(task, e.name, i, observed))
         return prepared
 
-    def _own_loss(self, task: str, split: str) -> Any:
+    def _own_loss(self, task: str, split: str) -> tuple[list[dict[str, Latent]], TargetLoss]:
         """(latents, loss) of the true pairs."""
         encoded = encode(self.pipeline, self._prepared(task, split))
         return encoded, target_loss(self.pipeline, task, encoded, DRAWS, self.seed)
@@ -183,7 +197,7 @@ class _Run:
         stream = TaskStream(
             CONTINUATION, self.pipeline.tasks[CONTINUATION], self.pipeline.modalities
         )
-        passages = fixed_examples(self.sources(PROSE, "val"), stream, PASSAGES)
+        passages = fixed_examples(self._source(CONTINUATION, "val"), stream, PASSAGES)
         encoded = encode(self.pipeline, passages)
         losses = {
             PAINTING: self.own_loss(PAINTING, "val")[1],
@@ -216,7 +230,7 @@ class _Run:
 
     def painting(self, split: str) -> dict[str, Any]:
         """Retrieval and style of images painted from captions."""
-        everyone = self.emoji(split, None if split != "train" else STYLE_IMAGES)
+        everyone = self.emoji(split)[:REFERENCES]
         some = everyone[: self.count]
         painted = [common(image) for image in self._paint(some)]
         self.gallery.painted[split] = list(zip(some, painted, strict=True))[:PICTURES]
@@ -235,12 +249,13 @@ class _Run:
 
     def _paint(self, emoji: Sequence[Emoji]) -> list[Image.Image]:
         """One image a caption, as large as training would show it."""
-        sizes = [self.image.observe(e.image).shape[1:] for e in emoji]
+        shapes = [self.image.observe(e.image).shape for e in emoji]
+        sizes = [(height, width) for _, height, width in shapes]
         painted: dict[int, Image.Image] = {}
         for size in dict.fromkeys(sizes):
             chosen = [i for i, s in enumerate(sizes) if s == size]
             prompts = [emoji[i].caption for i in chosen]
-            made = self.pipeline.text_to_image(prompts, size=tuple(size), **self.settings)
+            made = self.pipeline.text_to_image(prompts, size=size, **self.settings)
             painted.update(zip(chosen, made, strict=True))
         return [painted[i] for i in range(len(emoji))]
 
@@ -250,7 +265,7 @@ class _Run:
     @cached_property
     def _styled(self) -> tuple[torch.Tensor, list[str]]:
         """Vectors of training images, and their styles."""
-        emoji = self.emoji("train")[:STYLE_IMAGES]
+        emoji = self.emoji("train")[:REFERENCES]
         return self._vectors([e.image for e in emoji]), [e.style for e in emoji]
 
     def _style_share(self, vectors_QD: torch.Tensor, wanted: Sequence[str]) -> float:
@@ -274,13 +289,24 @@ class _Run:
 
     def continuation(self) -> dict[str, Any]:
         """A few beginnings of held-out prose, and how the model goes on. Nothing is measured."""
-        source = self.sources(PROSE, "val")
+        source = self._source(CONTINUATION, "val")
         chosen = [source[i * len(source) // PROMPTS] for i in range(PROMPTS)]
         passages = [self.text.read(example.members["txt"]) for example in chosen]
         prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in passages]
         texts = self.pipeline.continue_text(prompts, **self.settings)
         self.gallery.continued = list(zip(prompts, texts, strict=True))
         return {"prompts": len(prompts)}
+
+
+def check(pipeline: UnifiedPipeline) -> None:
+    """ValueError unless the pipeline has what is measured here."""
+    missing = {PAINTING, CAPTIONING, CONTINUATION} - set(pipeline.tasks)
+    if missing or not isinstance(pipeline.modalities.get(TEXT), TextModality):
+        raise ValueError(
+            f"the emoji are evaluated with the tasks {PAINTING}, {CAPTIONING} and {CONTINUATION},"
+            f" and with a modality {TEXT!r} of type text; the model has the tasks"
+            f" {', '.join(pipeline.tasks)} and the modalities {', '.join(pipeline.modalities)}"
+        )
 
 
 def share(right: Sequence[bool]) -> float:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from unified.evaluation.metrics import psnr
 from unified.evaluation.pca import PCA
@@ -51,7 +51,7 @@ class ImagePCA:
 
 def unit(image: Image.Image) -> Tensor:
     """RGB pixels [3, H, W] in [0, 1]."""
-    return pil_to_tensor(image).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def picture(unit_3HW: Tensor) -> Image.Image:

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.randomness import generator
 from unified.sequence import Layout, Segment
+from unified.task import Task
 from unified.visibility import SAME, UP_TO
 
 
@@ -38,17 +39,21 @@ class Letters:
     def read(self, data: bytes) -> str:
         return data.decode("ascii")
 
-    def observe(self, item: str, *, block: int | None = None, ends: bool = False) -> torch.Tensor:
-        codes = [ord(c) for c in item] + [0] * ends
+    def observe(
+        self, item: str, *, block: int | None = None, ends: bool = False, limit: int | None = None
+    ) -> torch.Tensor:
+        codes = ([ord(c) for c in item] + [0] * ends)[:limit]
         return torch.tensor(codes + [0] * (-len(codes) % (block or 1)))
 
     def grid(self, observation: torch.Tensor) -> tuple[int, ...]:
         return (len(observation),)
 
 
-class Echo:
+class Echo(Task):
     """A task: after the first letter P, the others C, two to a block."""
 
+    generates = "C"
+    limits: ClassVar[dict[str, int]] = {}
     layout = Layout(
         (
             Segment("P", "letters"),
@@ -57,6 +62,9 @@ class Echo:
         ),
         sees={"P": {"P": SAME}, "C": {"P": UP_TO, "C": UP_TO}, "N": {"P": UP_TO, "N": SAME}},
     )
+
+    def __init__(self) -> None:
+        super().__init__(config=None)
 
     def fill(self, example: Any) -> dict[str, str]:
         return {"P": example["letters"][0], "C": example["letters"][1:]}

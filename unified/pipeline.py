@@ -126,13 +126,13 @@ class UnifiedPipeline:
         **settings: Any,
     ) -> list[str]:
         """A text about each image, told by `prompts` (default: the instruction of training)."""
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise ValueError(f"images must be a list, found one {type(images).__name__}")
         told = [self._task("captioning").config.instruction] * len(images)
-        given = [
-            {"I": image, "P": prompt}
-            for image, prompt in zip(
-                images, told if prompts is None else texts(prompts), strict=True
-            )
-        ]
+        told = told if prompts is None else list(texts(prompts))
+        if len(told) != len(images):
+            raise ValueError(f"{len(told)} prompts for {len(images)} images; give one for each")
+        given = [{"I": image, "P": prompt} for image, prompt in zip(images, told, strict=True)]
         return self.generate("captioning", given, self._new_tokens(max_new_tokens), **settings)
 
     def text_to_image(

@@ -236,12 +236,11 @@ class TextModality(Modality):
     @classmethod
     def build(cls, config: TextConfig, corpus: Iterable[str] | None) -> TextModality:
         """A new modality; its tokenizer is `config.tokenizer`, else trained on `corpus`."""
-        tokenizer = None
+        if corpus is None:
+            return cls(config, None)
         if config.tokenizer is not None:
-            tokenizer = Tokenizer.load(config.tokenizer)
-        elif corpus is not None:
-            tokenizer = Tokenizer.train(corpus, config.vocab_size)
-        return cls(config, tokenizer)
+            return cls(config, Tokenizer.load(config.tokenizer))
+        return cls(config, Tokenizer.train(corpus, config.vocab_size))
 
     def save_pretrained(self, folder: Path | str, name: str) -> None:
         """Write ``{name}_vae/`` and the tokenizer's folder (``tokenizer/`` for the name "text")."""

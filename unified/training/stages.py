@@ -80,7 +80,7 @@ class Materials:
         stage, modalities = self.stage, self.pipeline.modalities
         if stage.objective == "autoencoder":
             return [
-                (ItemStream(source, str(stage.modality), modalities), source, ratio)
+                (ItemStream(source, str(stage.modality), modalities, stage.crop), source, ratio)
                 for source, ratio in stage.sources.items()
             ]
         return [

@@ -1,0 +1,501 @@
+"""What a stage minimises, term by term: eq. 3.16 of the autoencoders and eq. 3.18 of the whole.
+
+Every option of training has a test that would fail if the option did nothing:
+
+    FlowConfig   timesteps, round_timesteps, clean_prefix_rate, grad_through_noisy,
+                 grad_through_target                                              here
+    LossConfig   vae, fm, mask, beta, ref, modality                               here
+    StageConfig  name, objective, modality, sources, crop, row_length, loss, posterior,
+                 optimizer (vae_lr_ratio)                                         here
+                 optimizer (all else), interval, accumulate, batch_size           test_training.py
+                 steps                                                            test_run.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from unified.config import FlowConfig, LossConfig, StageConfig
+from unified.data.streams import Prepared
+from unified.flow import FlowMatching
+from unified.modality import Posterior
+from unified.pipeline import UnifiedPipeline
+from unified.randomness import generator
+from unified.training.loop import averages, total
+from unified.training.objectives import AutoencoderObjective, JointObjective, JointPlan
+from unified.training.run import train
+from unified.training.stages import Materials, Sources
+from unified.visibility import UNCONDITIONAL
+
+VAES = ("text", "image")
+LEARNING = {"vae_lr_ratio": 0.5}
+
+
+def joint(
+    stage: Mapping[str, Any] | None = None, changes: Mapping[str, Any] | None = None
+) -> tuple[JointObjective, UnifiedPipeline]:
+    """The objective of a joint stage as a run makes it, in float64, and its pipeline."""
+    settings = tiny.config(stages=[tiny.joint(**(stage or {}))], **(changes or {}))
+    pipeline = tiny.pipeline(settings)
+    for module in pipeline.modules.values():
+        module.double()
+    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    assert isinstance(objective, JointObjective)
+    return objective.double(), pipeline
+
+
+def autoencoder(modality: str, **stage: Any) -> AutoencoderObjective:
+    settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)])
+    pipeline = tiny.pipeline(settings)
+    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    assert isinstance(objective, AutoencoderObjective)
+    return objective.double()
+
+
+def posteriors(objective: JointObjective, plan: JointPlan, m: str) -> list[Posterior]:
+    """Of everything that modality `m` encodes, in the order of the examples."""
+    return objective.modality(m).encode([o for _, _, o in objective._observed(plan.examples, m)])
+
+
+def normal(posterior: Posterior) -> Normal:
+    return Normal(posterior.mean_LC, torch.exp(0.5 * posterior.logvar_LC))
+
+
+def gradients(module: nn.Module) -> bool:
+    return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+
+def loss(objective: JointObjective, plan: JointPlan) -> Tensor:
+    """The loss of eq. 3.18 as the loop adds it up."""
+    sums, weights = objective(plan), objective.weights(0)
+    return torch.stack([weights[k] * s / plan.counts[k] for k, s in sums.items()]).sum()
+
+
+# ---- the terms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", VAES)
+def test_beta_weighs_minus_the_entropy_and_not_the_kl(m: str) -> None:
+    objective, pipeline = joint({"optimizer": LEARNING})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    with torch.no_grad():
+        found, sums = posteriors(objective, plan, m), objective(plan)
+    expected = -sum(normal(p).entropy().sum() for p in found)
+    torch.testing.assert_close(sums[f"{m}/entropy"], expected)
+    assert f"{m}/kl" not in sums.keys() | plan.counts.keys() | objective.weights(0).keys()
+    # a Monte Carlo estimate of E[log q], and what a KL to N(0, 1) would have been
+    estimate = sum(
+        normal(p).log_prob(normal(p).sample(torch.Size([2000]))).sum() / 2000 for p in found
+    )
+    assert float(sums[f"{m}/entropy"]) == pytest.approx(float(estimate), rel=0.02)
+    assert abs(sums[f"{m}/entropy"] - sum(p.kl() for p in found)) > 1
+
+
+def test_the_flow_term_is_the_squared_error_of_the_velocity() -> None:
+    """A new prior predicts zero, so the error is that of the target, eps - z_0, alone."""
+    objective, pipeline = joint({"posterior": "mean"})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    sums, expected = objective(plan), dict.fromkeys(VAES, 0.0)
+    latents = {m: iter(posteriors(objective, plan, m)) for m in VAES}
+    for i, example in enumerate(plan.examples):
+        layout = pipeline.tasks[example.stream].layout
+        z = {k: next(latents[layout[k].modality]).mean_LC for k in example.observations}
+        for span in (s for s in plan.batch.spans if s.sample == i and s.segment.noise != "clean"):
+            m, at = span.segment.modality, slice(span.start, span.stop)
+            draws = plan.draws[m]
+            error = (draws.noise_NC[at] - z[span.segment.copies or span.segment.kind]) ** 2
+            expected[m] += float(
+                (error.mean(-1) * draws.noisy_N[at]).sum() * span.segment.weight
+            )
+    assert {m: float(sums[f"flow/{m}"]) for m in VAES} == pytest.approx(expected)
+
+
+def test_reconstruction_and_masking_are_the_modalitys_own() -> None:
+    objective, pipeline = joint({"optimizer": LEARNING, "posterior": "mean"})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    sums = objective(plan)
+    for m in VAES:
+        observations = [o for _, _, o in objective._observed(plan.examples, m)]
+        modes = [p.mode for p in posteriors(objective, plan, m)]
+        own = objective.modality(m).reconstruction(observations, modes)
+        torch.testing.assert_close({k: sums[f"{m}/{k}"] for k in own}, own)
+    assert {"text/mask", "image/gradient"} <= sums.keys()
+    assert sums.keys() == plan.counts.keys() == objective.weights(0).keys() - {
+        "text/ref",
+        "image/ref",
+    }
+
+
+def test_weights_are_those_of_the_configuration() -> None:
+    weighed = {"vae": 2, "fm": 3, "mask": 0.5, "beta": 0.25, "ref": 7, "modality": {"image": 4}}
+    objective, _ = joint({"optimizer": LEARNING, "loss": weighed})
+    text, image = ({"reconstruction": 2, "entropy": 0.5, "ref": 7} for _ in VAES)
+    expected = {"flow/text": 3, "flow/image": 12}
+    expected |= {f"text/{k}": w for k, w in (text | {"mask": 1}).items()}
+    expected |= {f"image/{k}": w for k, w in (image | {"gradient": 1}).items()}
+    assert objective.weights(0) == pytest.approx(expected)
+    own, _ = joint({"optimizer": LEARNING})
+    assert own.weights(0)["text/entropy"] == own.modality("text").config.beta
+    assert own.weights(0)["text/mask"] == own.modality("text").config.mask_weight
+
+
+def test_the_reported_total_is_what_is_differentiated() -> None:
+    objective, pipeline = joint({"optimizer": LEARNING, "loss": {"vae": 2, "fm": 3}})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    sums = {k: float(v) for k, v in objective(plan).items()}
+    means = averages([sums[k] for k in plan.counts], plan.counts)
+    assert total(means, objective.weights(0)) == pytest.approx(float(loss(objective, plan)))
+
+
+@pytest.mark.parametrize("m", VAES)
+def test_drift_from_the_reference_is_zero_at_first_and_then_positive(m: str) -> None:
+    objective, pipeline = joint({"optimizer": LEARNING, "loss": {"ref": 1}})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    assert float(objective(plan)[f"{m}/ref"]) == 0
+    before = posteriors(objective, plan, m)
+    with torch.no_grad():
+        for parameter in objective.modality(m).parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    drift = objective(plan)[f"{m}/ref"]
+    pairs = zip(posteriors(objective, plan, m), before, strict=True)
+    expected = sum(kl_divergence(normal(p), normal(q)).sum() for p, q in pairs)
+    torch.testing.assert_close(drift, expected)
+    assert float(drift) > 0
+    assert not any(p.requires_grad for p in objective.references.parameters())
+    trained = {id(p) for group in objective.groups().values() for p in group}
+    assert not trained & {id(p) for p in objective.references.parameters()}
+    assert not joint({"optimizer": LEARNING})[0].references
+
+
+@pytest.mark.parametrize("m", VAES)
+def test_the_autoencoder_stage_has_the_kl_to_the_base_prior(m: str) -> None:
+    objective = autoencoder(m, loss={"beta": 0.25, "mask": 0.5})
+    pipeline = tiny.pipeline()
+    item = {"text": tiny.CAPTIONS[0], "image": tiny.square(tiny.CAPTIONS[0])}[m]
+    observation = pipeline.modalities[m].observe(item, ends=True)
+    plan = objective.plan([Prepared("s", "0", 3, {"X": observation})], 5)
+    sums, (posterior,) = objective(plan), objective.modality.encode([observation])
+    expected = kl_divergence(normal(posterior), Normal(0.0, 1.0)).sum()
+    torch.testing.assert_close(sums["kl"], expected)
+    assert sums.keys() == plan.counts.keys() == objective.weights(0).keys()
+    assert objective.weights(0)["kl"] == 0.25
+    assert objective.weights(0).get("mask") == (0.5 if m == "text" else None)
+    # posterior samples, drawn for (seed, stage, step, slot)
+    rng = generator(0, f"{m}_vae", 5, 3, "autoencoder")
+    noise = torch.randn(posterior.mean_LC.shape, generator=rng)
+    latents = [posterior.sample(noise)]
+    own = objective.modality.reconstruction([observation], latents)["reconstruction"]
+    torch.testing.assert_close(sums["reconstruction"], own)
+
+
+# ---- who learns ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_the_autoencoders_learn_where_their_rate_is_above_zero(ratio: float) -> None:
+    objective, pipeline = joint({"optimizer": {"vae_lr_ratio": ratio}})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    loss(objective, plan).backward()
+    for m in VAES:
+        reached = [p.grad is not None for p in objective.modality(m).parameters()]
+        assert all(reached) if ratio else not any(reached)
+        assert (f"{m}/reconstruction" in plan.counts) == bool(ratio)
+    vaes = sum(len(list(objective.modality(m).parameters())) for m in VAES)
+    assert len(objective.groups()["vae"]) == (vaes if ratio else 0)
+    assert len(objective.groups()["main"]) == len(list(pipeline.prior.parameters()))
+
+
+@pytest.mark.parametrize("target", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_flow_loss_reaches_the_encoders_as_configured(noisy: bool, target: bool) -> None:
+    flow = {"grad_through_noisy": noisy, "grad_through_target": target}
+    objective, pipeline = joint({"optimizer": LEARNING}, {"flow": flow})
+    tiny.randomise(pipeline.prior)
+    sums = objective(objective.plan(tiny.examples(pipeline), 0))
+    (sums["flow/text"] + sums["flow/image"]).backward()
+    for m in VAES:
+        assert gradients(objective.modality(m)) == (noisy or target)
+
+
+def test_only_one_way_at_a_time_through_the_flow_loss() -> None:
+    """The two ways add up to both: each is on alone, and neither stands for the other."""
+
+    def gradient(noisy: bool, target: bool) -> Tensor:
+        flow = {"grad_through_noisy": noisy, "grad_through_target": target}
+        objective, pipeline = joint({"optimizer": LEARNING}, {"flow": flow})
+        tiny.randomise(pipeline.prior)
+        objective(objective.plan(tiny.examples(pipeline), 0))["flow/text"].backward()
+        found = objective.modality("text").network.encoder.final_layer.weight.grad
+        assert found is not None
+        return found
+
+    one, other, both = gradient(True, False), gradient(False, True), gradient(True, True)
+    assert not torch.allclose(one, other)
+    torch.testing.assert_close(one + other, both)
+
+
+def test_a_frozen_modality_stays_frozen(tmp_path: Any) -> None:
+    shard = tiny.write_shard(tmp_path / "s.tar", tiny.squares())
+    modalities = {"text": tiny.TEXT, "image": {**tiny.IMAGE, "frozen": True}}
+    stage = {"optimizer": {"lr": 0.01, "warmup_steps": 0, "vae_lr_ratio": 1}, "loss": {"ref": 1}}
+    objective, _ = joint(stage, {"modalities": modalities})
+    assert not any(k.startswith("image/") for k in objective.weights(0))
+    assert list(objective.references) == ["text"]
+    settings = tiny.config(
+        tmp_path / "run", shard, modalities=modalities, stages=[tiny.joint(**stage)]
+    )
+    final = UnifiedPipeline.from_pretrained(train(settings))
+    start = UnifiedPipeline.from_pretrained(tmp_path / "run" / "initial")
+
+    def moved(m: str) -> bool:
+        pairs = zip(
+            start.modalities[m].parameters(), final.modalities[m].parameters(), strict=True
+        )
+        return any(not a.equal(b) for a, b in pairs)
+
+    assert moved("text")
+    assert not moved("image")
+
+
+# ---- what is drawn -------------------------------------------------------------------------------
+
+
+def test_the_prior_learns_from_samples_or_from_means() -> None:
+    """What reaches the flow loss is exactly the mean, or exactly mean + std * noise."""
+    for posterior in ("mean", "sample"):
+        objective, pipeline = joint({"posterior": posterior})
+        plan = objective.plan(tiny.examples(pipeline, 1), 7)
+        values: list[dict[str, Tensor]] = [{}]
+        objective._encode("text", plan, values)
+        (q,) = posteriors(objective, plan, "text")
+        rng = generator(0, "joint", 7, 0, "posterior/text")
+        drawn = q.sample(torch.randn(q.mean_LC.shape, generator=rng)).values
+        expected = q.mean_LC if posterior == "mean" else drawn
+        torch.testing.assert_close(values[0]["C"], expected)
+        assert not torch.allclose(q.mean_LC, drawn)
+
+
+def test_draws_belong_to_seed_stage_step_and_slot() -> None:
+    def noise(name: str = "joint", step: int = 0, seed: int = 0) -> Tensor:
+        objective, pipeline = joint({"name": name}, {"run": {"seed": seed}})
+        return objective.plan(tiny.examples(pipeline), step).draws["text"].noise_NC
+
+    assert noise().equal(noise())
+    for other in (noise("other"), noise(step=1), noise(seed=1)):
+        assert not noise().equal(other)
+
+
+def drawn(changes: Mapping[str, Any], m: str, count: int = 60) -> tuple[JointPlan, Any]:
+    objective, pipeline = joint(None, changes)
+    plan = objective.plan(tiny.examples(pipeline, count), 0)
+    return plan, plan.draws[m]
+
+
+def noisy_spans(plan: JointPlan, task: str) -> list[Any]:
+    return [
+        s
+        for s in plan.batch.spans
+        if s.segment.noise != "clean" and plan.examples[s.sample].stream == task
+    ]
+
+
+def test_the_unconditional_rate_is_the_tasks_own() -> None:
+    rates = {"continuation": 0.0, "captioning": 1.0, "text_to_image": 0.3}
+    tasks = {n: {**t, "unconditional_rate": rates[n]} for n, t in tiny.TASKS.items()}
+    plan, _ = drawn({"tasks": tasks}, "text", 300)
+    for task, rate in rates.items():
+        spans = noisy_spans(plan, task)
+        hidden = [
+            plan.draws[s.segment.modality].unconditional_N[s.start : s.stop].double() for s in spans
+        ]
+        assert float(torch.cat(hidden).mean()) == pytest.approx(rate, abs=0.06 * (0 < rate < 1))
+
+
+def test_relabelled_positions_become_u_in_what_the_prior_reads() -> None:
+    tasks = {n: {**t, "unconditional_rate": 1.0} for n, t in tiny.TASKS.items()}
+    objective, pipeline = joint(None, {"tasks": tasks})
+    plan = objective.plan(tiny.examples(pipeline), 0)
+    seen: list[Any] = []
+    pipeline.prior.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    objective(plan)
+    kinds = seen[0].coordinates.kind
+    unconditional = plan.batch.visibility.kind_index[UNCONDITIONAL]
+    marked = {m: kinds.view(-1)[seen[0].where[m]] == unconditional for m in VAES}
+    for m in VAES:
+        assert marked[m].equal(plan.draws[m].unconditional_N)
+    assert marked["text"].any()
+    assert marked["image"].any()
+
+
+def test_timesteps_are_drawn_per_modality() -> None:
+    timesteps = {
+        "text": {"loc": 1.5, "scale": 0.0},
+        "image": {"distribution": "uniform"},
+    }
+    flow = {"timesteps": timesteps, "clean_prefix_rate": 0.0}
+    plan, text = drawn({"flow": flow}, "text")
+    time = text.time_N[text.noisy_N]
+    torch.testing.assert_close(time, torch.full_like(time, 1 / (1 + math.exp(-1.5))))
+    image = plan.draws["image"]
+    time = image.time_N[image.noisy_N]
+    assert float(time.min()) < 0.25 < 0.75 < float(time.max())
+    plain = drawn({"flow": {"timesteps": {"image": {"loc": -4.0, "scale": 0.1}}}}, "image")[1]
+    assert float(plain.time_N.max()) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("rounding", "on_grid"),
+    [
+        ("none", lambda t: None),
+        ("integer", lambda t: t.round()),
+        ("bfloat16", lambda t: t.bfloat16().to(t)),
+    ],
+)
+def test_timesteps_are_rounded_as_configured(rounding: str, on_grid: Any) -> None:
+    _, text = drawn({"flow": {"round_timesteps": rounding}}, "text")
+    thousandths = text.time_N[text.noisy_N] * 1000
+    whole = on_grid(thousandths)
+    if whole is None:
+        assert (thousandths - thousandths.round()).abs().max() > 0.1
+        assert not torch.allclose(thousandths, thousandths.bfloat16().to(thousandths), rtol=1e-5)
+    else:
+        torch.testing.assert_close(thousandths, whole)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_left_parts_stay_clean_at_their_rate(rate: float) -> None:
+    plan, text = drawn({"flow": {"clean_prefix_rate": rate}}, "text")
+    for span in noisy_spans(plan, "continuation"):
+        counted = text.noisy_N[span.start : span.stop].view(-1, 4)
+        assert bool(counted[:, 0].all()) == (rate == 0)
+        assert counted[:, -1].all()
+    image = plan.draws["image"]
+    assert int(image.noisy_N.sum()) == 4 * len(noisy_spans(plan, "text_to_image")) // 2
+
+
+# ---- sums and counts -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def flatten_networks(objective: JointObjective) -> None:
+    """Standard normal posteriors, uniform logits, grey pixels."""
+    text, image = objective.modality("text").network, objective.modality("image").codec.network
+    layers = [text.encoder.final_layer, text.decoder.final_layer, image.quant_conv]
+    for layer in (*layers, image.decoder.conv_out):
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+def checkerboard(observation: Tensor) -> Tensor:
+    rows, columns = (torch.arange(n) for n in observation.shape[1:])
+    board = (rows[:, None] + columns) % 2 * 255
+    return board.to(torch.uint8).expand(3, -1, -1).contiguous()
+
+
+def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks for which every position contributes the same known amount."""
+    tasks = {**tiny.TASKS, "text_to_image": {**tiny.TASKS["text_to_image"], "caption_weight": 1}}
+    objective, pipeline = joint({"optimizer": LEARNING}, {"tasks": tasks})
+    flatten_networks(objective)
+    given = [
+        Prepared(e.stream, e.key, e.slot, {k: checkerboard(o) if k == "I" else o
+                                           for k, o in e.observations.items()})
+        for e in tiny.examples(pipeline)
+    ]  # fmt: skip
+    monkeypatch.setattr("unified.flow.velocity", lambda z0, eps: torch.ones_like(z0))
+    plan = objective.plan(given, 0)
+    entropy = -0.5 * 4 * math.log(2 * math.pi * math.e)
+    each = {"flow/text": 1.0, "flow/image": 1.0, "text/entropy": entropy, "image/entropy": entropy}
+    each |= dict.fromkeys(("text/reconstruction", "text/mask"), math.log(tiny.TEXT["vocab_size"]))
+    each |= {"image/reconstruction": 1.0, "image/gradient": 2.0}
+    sums = objective(plan)
+    assert sums.keys() == plan.counts.keys() == each.keys()
+    assert {k: float(s) / each[k] for k, s in sums.items()} == pytest.approx(plan.counts)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 2, 2)])
+@pytest.mark.parametrize("row_length", [40, 256])
+def test_no_split_changes_sums_or_counts(sizes: tuple[int, ...], row_length: int) -> None:
+    stage = {"optimizer": LEARNING, "loss": {"ref": 1}, "row_length": 256}
+    objective, pipeline = joint(stage)
+    for name, module in pipeline.modules.items():
+        if name == "prior":
+            tiny.randomise(module)
+    examples = tiny.examples(pipeline)
+    whole = objective.plan(examples, 0)
+    objective.stage.row_length = row_length
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(objective.plan(examples[start : start + size], 0))
+        start += size
+    counts = {k: sum(p.counts.get(k, 0) for p in parts) for k in whole.counts}
+    assert counts == dict(whole.counts)
+    sums = [objective(p) for p in parts]
+    for term, value in objective(whole).items():
+        together = sum(float(s[term]) for s in sums if term in s)
+        assert together == pytest.approx(float(value), rel=1e-9, abs=1e-9), term
+
+
+def test_row_length_packs_and_refuses() -> None:
+    objective, pipeline = joint({"row_length": 40})
+    assert max(objective.plan(tiny.examples(pipeline), 0).batch.shape) <= 40
+    short, pipeline = joint({"row_length": 8})
+    with pytest.raises(ValueError, match="does not fit a row of 8"):
+        short.plan(tiny.examples(pipeline), 0)
+
+
+def test_pads_of_a_closed_text_are_painted_but_not_read() -> None:
+    flow = {"clean_prefix_rate": 0.0}
+    objective, pipeline = joint({"optimizer": LEARNING}, {"flow": flow})
+    (example,) = tiny.examples(pipeline, 1)
+    tokenizer = pipeline.modalities["text"].tokenizer
+    tokens = len(tokenizer.encode(tiny.CAPTIONS[0])) + 1  # and the end
+    padded = -(-tokens // 4) * 4
+    assert example.stream == "continuation"
+    assert padded > tokens
+    counts = objective.plan([example], 0).counts
+    assert counts["flow/text"] == padded
+    assert counts["text/reconstruction"] == tokens
+
+
+# ---- what a stage reads --------------------------------------------------------------------------
+
+
+def test_an_autoencoder_stage_reads_its_modality_from_its_sources(tmp_path: Any) -> None:
+    shards = {
+        name: tiny.write_shard(tmp_path / f"{name}.tar", tiny.squares([caption] * 5))
+        for name, caption in {"s": tiny.CAPTIONS[0], "t": tiny.CAPTIONS[-1]}.items()
+    }
+    data = {"sources": {name: {"train": [path]} for name, path in shards.items()}}
+
+    def batch(modality: str, **stage: Any) -> list[Prepared]:
+        settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)], data=data)
+        stage_, pipeline = settings.stages[0], tiny.pipeline()
+        return Materials(settings, stage_, pipeline, Sources(settings)).mixture(40, "x").batch(0)
+
+    assert {e.observations["X"].ndim for e in batch("image")} == {3}
+    lengths = {len(e.observations["X"]) for e in batch("text")}
+    assert max(lengths) > 3
+    assert {e.stream for e in batch("text", sources={"t": 1.0})} == {"t"}
+    shares = [e.stream for e in batch("text", sources={"s": 4.0, "t": 1.0})]
+    assert 24 < shares.count("s") < 40
+    assert {len(e.observations["X"]) for e in batch("text", crop=3)} == {3}
+
+
+def test_the_objective_is_the_stages() -> None:
+    assert isinstance(joint()[0].flow, FlowMatching)
+    assert isinstance(autoencoder("text"), AutoencoderObjective)
+
+
+def test_every_training_option_is_accounted_for() -> None:
+    options = {n for c in (FlowConfig, LossConfig, StageConfig) for n in c.model_fields}
+    assert __doc__ is not None
+    assert not {name for name in options if name not in __doc__}
