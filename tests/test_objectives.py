@@ -112,9 +112,7 @@ def test_the_flow_term_is_the_squared_error_of_the_velocity() -> None:
             m, at = span.segment.modality, slice(span.start, span.stop)
             draws = plan.draws[m]
             error = (draws.noise_NC[at] - z[span.segment.copies or span.segment.kind]) ** 2
-            expected[m] += float(
-                (error.mean(-1) * draws.noisy_N[at]).sum() * span.segment.weight
-            )
+            expected[m] += float((error.mean(-1) * draws.noisy_N[at]).sum() * span.segment.weight)
     assert {m: float(sums[f"flow/{m}"]) for m in VAES} == pytest.approx(expected)
 
 
@@ -128,10 +126,15 @@ def test_reconstruction_and_masking_are_the_modalitys_own() -> None:
         own = objective.modality(m).reconstruction(observations, modes)
         torch.testing.assert_close({k: sums[f"{m}/{k}"] for k in own}, own)
     assert {"text/mask", "image/gradient"} <= sums.keys()
-    assert sums.keys() == plan.counts.keys() == objective.weights(0).keys() - {
-        "text/ref",
-        "image/ref",
-    }
+    assert (
+        sums.keys()
+        == plan.counts.keys()
+        == objective.weights(0).keys()
+        - {
+            "text/ref",
+            "image/ref",
+        }
+    )
 
 
 def test_weights_are_those_of_the_configuration() -> None:
@@ -256,9 +259,7 @@ def test_a_frozen_modality_stays_frozen(tmp_path: Any) -> None:
     start = UnifiedPipeline.from_pretrained(tmp_path / "run" / "initial")
 
     def moved(m: str) -> bool:
-        pairs = zip(
-            start.modalities[m].parameters(), final.modalities[m].parameters(), strict=True
-        )
+        pairs = zip(start.modalities[m].parameters(), final.modalities[m].parameters(), strict=True)
         return any(not a.equal(b) for a, b in pairs)
 
     assert moved("text")

@@ -211,7 +211,9 @@ def test_a_text_that_ends_is_cut_there(monkeypatch: pytest.MonkeyPatch) -> None:
     end, decode = text.tokenizer.eos_id, text.decode
 
     def ending(latents: Any) -> list[Tensor]:
-        return [ids.index_fill(0, torch.arange(2, min(3, len(ids))), end) for ids in decode(latents)]
+        return [
+            ids.index_fill(0, torch.arange(2, min(3, len(ids))), end) for ids in decode(latents)
+        ]
 
     monkeypatch.setattr(text, "decode", ending)
     steps = list(pipeline.stream("captioning", [{"I": IMAGES[0], "P": "what"}], 12, seed=0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,13 +152,19 @@ def generate_text_to_image(
 
 
 def _read_image(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    """The image as it is: turning it upright, and onto white, is the modality's part."""
+    from PIL import Image
 
+    data = BytesIO(path.read_bytes())
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} should be an image file, but it is in no format known") from None
+        image = Image.open(data)
+        image.load()
+    except Exception as error:  # decoders raise nearly anything on bytes that are no image
+        reason = str(error).replace(repr(data), "its format is unknown")
+        raise ValueError(
+            f"{path} should be an image file, but it cannot be read: {reason}"
+        ) from None
+    return image
 
 
 def _check_image_name(path: Path) -> None:

@@ -30,6 +30,7 @@ T tables (one per task), K kinds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -116,8 +117,9 @@ class Visibility:
         self.lo_TKK, self.hi_TKK = bounds.unbind(-1)
 
     def to(self, device: torch.device | str) -> Visibility:
-        self.lo_TKK, self.hi_TKK = self.lo_TKK.to(device), self.hi_TKK.to(device)
-        return self
+        moved = copy(self)
+        moved.lo_TKK, moved.hi_TKK = self.lo_TKK.to(device), self.hi_TKK.to(device)
+        return moved
 
     def dense(self, query: Coordinates, key: Coordinates | None = None) -> Tensor:
         """Boolean mask [R, Q, S]: True where a query position sees a key position."""

@@ -274,7 +274,10 @@ def _check(item: object) -> None:
 def _read_config(path: Path) -> TextConfig:
     if not path.is_file():
         raise ValueError(f"{path} is missing: the folder holds no saved text modality")
-    fields = json.loads(path.read_text("utf-8"))
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     kind = fields.pop("type", None)
     if kind != "text":
         raise ValueError(f"{path} has type {kind!r}, but a text modality's is 'text'")

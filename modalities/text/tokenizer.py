@@ -67,8 +67,12 @@ class Tokenizer:
             raise ValueError(f"tokenizer {path}: expected a folder with {FILE}, or that file")
         options = file.with_name(CONFIG_FILE)
         named = json.loads(options.read_text("utf-8")) if options.is_file() else {}
+        try:
+            core = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # what the library raises has no type of its own
+            raise ValueError(f"{file} is no tokenizer file: {error}") from None
         return cls(
-            tokenizers.Tokenizer.from_file(str(file)),
+            core,
             _content(named.get("pad_token")) or PAD,
             _content(named.get("eos_token")) or EOS,
         )

@@ -31,7 +31,8 @@ class PCA:
         centred_ND = items_ND - mean_D
         _, vectors_NN = torch.linalg.eigh(centred_ND @ centred_ND.T)
         directions_KD = vectors_NN[:, -components:].flip(1).T @ centred_ND
-        return cls(mean_D, torch.nn.functional.normalize(directions_KD, dim=1))
+        # a direction without variance is rounding noise, along the others as much as beside them
+        return cls(mean_D, torch.linalg.qr(directions_KD.T)[0].T)
 
     def reconstruct(self, items_ND: Tensor, components: int) -> Tensor:
         """`items_ND` from their first `components` coefficients alone."""

@@ -47,11 +47,12 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     if first == len(config.stages) and folder.final.is_dir():
         say(f"the run in {folder.path} is finished: {folder.final}")
         return folder.final
+    sources = Sources(config)
+    sources.read()
     accelerator = start_accelerator(config, folder)
+    pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
     if accelerator.is_main_process:
         folder.write_config(config)
-    sources = Sources(config)
-    pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
     for stage in config.stages[first:]:
         run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
     if accelerator.is_main_process:
@@ -135,9 +136,14 @@ def starting_point(
     accelerator: Accelerator,
     trust_remote_code: bool,
 ) -> UnifiedPipeline:
-    """The pipeline that stage `first` begins with: what the one before left, or a new one."""
+    """The pipeline that stage `first` begins with: what the one before left, or a new one.
+
+    The configuration is written after it, so that a mistake found until then can be corrected in
+    the same folder; what an attempt without one left behind is made anew.
+    """
     origin = folder.stages / config.stages[first - 1].name if first else folder.initial
-    if accelerator.is_main_process and not origin.is_dir():
+    begun = origin.is_dir() and folder.config.is_file()
+    if accelerator.is_main_process and not begun:
         build(config, folder, sources, trust_remote_code)
     accelerator.wait_for_everyone()
     pipeline = UnifiedPipeline.from_pretrained(origin, trust_remote_code, accelerator.device)
@@ -153,9 +159,9 @@ def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code
     reports = initialise(pipeline)
     for part, report in reports.items():
         say(f"init.{part}: {report}")
+    pipeline.save_pretrained(folder.initial)
     if reports:
         write_json(folder.path / "init_report.json", as_json(reports))
-    pipeline.save_pretrained(folder.initial)
 
 
 def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator) -> None:

@@ -43,6 +43,13 @@ class Sources:
             self._open[name, split] = Source.open(name, self.config.data.sources[name], split)
         return self._open[name, split]
 
+    def read(self) -> None:
+        """Read all training and validation shards now, so that a wrong path is found at once."""
+        for name in self.config.data.sources:
+            self(name)
+            if self.has(name, "val"):
+                self(name, "val")
+
     def has(self, name: str, split: str) -> bool:
         return bool(getattr(self.config.data.sources[name], split))
 
