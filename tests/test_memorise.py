@@ -48,7 +48,7 @@ stages:
      batch_size: 8, optimizer: {lr: 5e-3, warmup_steps: 10}}
   - {name: image_vae, objective: autoencoder, modality: image, sources: {s: 1}, steps: 250,
      batch_size: 4, optimizer: {lr: 3e-3, warmup_steps: 20}}
-  - {name: joint, objective: joint, steps: 600, batch_size: 16, row_length: 192,
+  - {name: joint, objective: joint, steps: 800, batch_size: 16, row_length: 192,
      posterior: mean, optimizer: {lr: 3e-3, warmup_steps: 30}}
 training: {precision: fp32, ema: {decay: 0.99}, trackers: [], save_every: 10000,
            validate_every: 10000}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
 SETUP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -76,6 +78,22 @@ def test_python_finds_the_installed_packages(site):
 )
 def test_the_installed_command_works(site, arguments, says):
     assert says in installed(site, site / "bin" / "unified", *arguments)
+
+
+@pytest.mark.slow
+def test_the_installed_command_trains_on_the_data_that_it_brings(site):
+    """The shipped quickstart, all its stages, with tiny networks and one step each."""
+    text = {**tiny.TEXT, "max_tokens": 4096}  # few tokens to spell with, so long passages
+    parts = {"modalities": {"text": text, "image": tiny.IMAGE}, "prior": tiny.PRIOR}
+    parts["training"] = {"max_steps": 1, "precision": "fp32", "trackers": []}
+    parts["training"] |= {"validation_examples": 4}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in parts.items()]
+    command = (site / "bin" / "unified", "train", "quickstart", "run.dir=trained", *overrides)
+    assert installed(site, *command).strip() == str(Path("trained", "final"))
+    assert (site.parent / "trained" / "final" / "model_index.json").is_file()
+    asked = ("--checkpoint", "trained/final", "--prompt", "a flat emoji of a lime", "--steps", "2")
+    picture = ("generate", "text_to_image", *asked, "--output", "lime.png")
+    assert installed(site, site / "bin" / "unified", *picture) == "lime.png\n"
 
 
 # ---- types ---------------------------------------------------------------------------------------

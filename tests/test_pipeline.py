@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,13 @@ def saved(pipeline: UnifiedPipeline, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[UnifiedPipeline]:
+def endless(monkeypatch: pytest.MonkeyPatch) -> UnifiedPipeline:
     """Its texts are shown as ids, and none of them ends of its own accord."""
     pipeline = random_pipeline()
     text = pipeline.modalities["text"]
     monkeypatch.setattr(text, "has_ended", lambda observation: False)
     monkeypatch.setattr(text, "realise", lambda observation: observation)
-    yield pipeline
+    return pipeline
 
 
 #: method -> its first argument

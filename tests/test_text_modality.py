@@ -130,17 +130,6 @@ def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("item", [CORPUS[2], "naïve 🫐🫐 漢字 <|pad|>", "ZYXWVUTS"])
-def test_prefix_is_the_longest_that_fits(text: TextModality, item: str) -> None:
-    encode = text.tokenizer.encode
-    for tokens in range(len(encode(item)) + 2):
-        prefix = text.prefix(item, tokens)
-        assert item.startswith(prefix)
-        assert len(encode(prefix)) <= tokens
-    assert text.prefix(item, len(encode(item))) == item
-    assert text.prefix("limelime", 0) == ""
-
-
 def test_counts_need_no_network_and_match_the_losses(text: TextModality) -> None:
     observations = [text.observe(item, ends=True, block=8) for item in CORPUS[:4]]
     counts = text.counts(observations)

@@ -180,16 +180,8 @@ class TrainingConfig(Part):
     precision: Literal["fp32", "bf16"] = "bf16"
     ema: EMAConfig | None = EMAConfig()
     trackers: list[str] = ["tensorboard"]
-    #: examples whose samples are written into the run folder at each validation
+    #: steps between samples of every task in the run folder; null writes none
     sample_every: int | None = None
-
-
-class InitConfig(Part):
-    """Checkpoints to start from: a pipeline folder, or a folder of just that part."""
-
-    text_vae: str | None = None
-    image_vae: str | None = None
-    prior: str | None = None
 
 
 class GenerationConfig(Part):
@@ -210,5 +202,7 @@ class Config(Part):
     flow: FlowConfig = FlowConfig()
     training: TrainingConfig = TrainingConfig()
     stages: list[StageConfig] = []
-    init: InitConfig = InitConfig()
+    #: part (``prior``, ``text_vae``, ...) -> the checkpoint it starts from: a pipeline folder, or a
+    #: folder of just that part
+    init: dict[str, str] = {}
     generation: GenerationConfig = GenerationConfig()

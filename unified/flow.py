@@ -36,11 +36,6 @@ def velocity(z0: Tensor, eps: Tensor) -> Tensor:
     return eps - z0
 
 
-def clean(z_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """``z_0 = z_t - t v``: the data end of the straight path through z_t with velocity v."""
-    return z_t - t * v
-
-
 def draw_timesteps(count: int, config: TimestepConfig, generator: torch.Generator) -> Tensor:
     """Timesteps [count] in [0, 1]: ``sigmoid(loc + scale n)``, n normal (16.5-16.8), or uniform."""
     if config.distribution == "uniform":

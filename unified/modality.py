@@ -148,6 +148,12 @@ class Modality(nn.Module, ABC):
     def realise(self, observation: Tensor) -> Any:
         """The observation as an item: ids to `str` (cut at eos), pixels to `PIL.Image`."""
 
+    def write(self, item: Any, path: Path) -> Path:
+        """Write one item to look at to `path` with this modality's ending added; returns that."""
+        target = path.with_name(path.name + ".txt")
+        target.write_text(f"{item}\n", encoding="utf-8")
+        return target
+
     @abstractmethod
     def grid(self, observation: Tensor) -> tuple[int, ...]:
         """The grid of latents that `observation` encodes to, without encoding it."""

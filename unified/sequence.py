@@ -16,8 +16,7 @@ Three rules fix the integers of every position:
 * *Latents* are stored per modality, since channel widths differ, in the order of the samples.
 
 Shape legend: R rows, L positions of a row, A axes, N positions of one modality over the whole
-batch (in sample order), C channels of that modality, G noise groups (blocks of noisy text, or
-whole noisy images: whatever shares one timestep).
+batch (in sample order), C channels of that modality.
 """
 
 from __future__ import annotations
@@ -204,11 +203,6 @@ class PackedBatch:
     def shape(self) -> tuple[int, int]:
         rows, length = self.time_RL.shape
         return rows, length
-
-    @property
-    def fill_share(self) -> float:
-        """Share of the rows' positions that hold a latent."""
-        return float((self.coordinates.sample >= 0).float().mean())
 
     def to(self, device: torch.device | str) -> PackedBatch:
         return replace(

@@ -140,6 +140,11 @@ class ImageModality(Modality):
     def realise(self, observation: Tensor) -> Image.Image:
         return pixels.to_image(observation)
 
+    def write(self, item: Image.Image, path: Path) -> Path:
+        target = path.with_name(f"{path.name}.png")
+        item.save(target)
+        return target
+
     def grid_for(self, size: int | tuple[int, int] | None) -> tuple[int, ...]:
         """Cells of `size` pixels, (height, width) or one number for a square, at most `max_size`
         squared in area; by default a square of `max_size`."""

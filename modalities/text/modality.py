@@ -97,20 +97,16 @@ class TextModality(Modality):
             ids = ids[: limit * self.config.patch_size]
         if not ids:
             raise ValueError("an empty text has no tokens: it needs at least one, or an end")
-        if len(ids) > self.config.max_tokens:
+        if limit is None and len(ids) > self.config.max_tokens:
             raise ValueError(
                 f"a text has {len(ids)} tokens, eos included, but max_tokens is"
-                f" {self.config.max_tokens}: shorten it (see prefix) or raise max_tokens"
+                f" {self.config.max_tokens}: shorten it or raise max_tokens"
             )
         missing = -len(ids) % ((block or 1) * self.config.patch_size)
         return torch.tensor(ids + [self.tokenizer.pad_id] * missing)
 
     def realise(self, observation: Tensor) -> str:
         return self.tokenizer.decode(observation.tolist())
-
-    def prefix(self, text: str, tokens: int) -> str:
-        """The longest prefix of `text`, ending between two tokens, that has at most `tokens`."""
-        return self.tokenizer.prefix(text, tokens)
 
     def crop(self, observation: Tensor, limit: int, generator: torch.Generator) -> Tensor:
         """A random window of `limit` latents of a longer text."""

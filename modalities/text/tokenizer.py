@@ -103,17 +103,6 @@ class Tokenizer:
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return self.core.decode([i for i in ids[:end] if i != self.pad_id])
 
-    def prefix(self, text: str, tokens: int) -> str:
-        """The longest prefix of `text` that ends between two tokens and has at most `tokens`.
-
-        It is re-encoded to make sure: a prefix can have more tokens than it had within the text.
-        """
-        starts = [start for start, _ in self.core.encode(text, add_special_tokens=False).offsets]
-        kept, cut = tokens, len(text)
-        while len(self.encode(text[:cut])) > tokens:
-            cut, kept = starts[kept], kept - 1
-        return text[:cut]
-
 
 def _content(token: str | dict[str, str] | None) -> str | None:
     """A token as ``tokenizer_config.json`` writes it: a string, or an object with its content."""

@@ -13,7 +13,7 @@ class Source:
 
     Memory is the size of the shards, in every process: right for what fits (a few GB: a hundred
     thousand small images, or a million captions), and what makes a permutation of a whole epoch,
-    and so an exact resume, possible. A larger set is best split into several sources.
+    and so an exact resume, possible.
     """
 
     def __init__(self, name: str, urls: str | Iterable[str]):

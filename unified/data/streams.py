@@ -7,6 +7,7 @@ position: `Mixture` decides which example comes next.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -119,7 +120,8 @@ class ItemStream:
     def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
         modality = self.modalities[self._modality]
         with example.naming():
-            observation = modality.observe(example[self._modality], ends=True)
-            if self._crop is not None:
-                observation = modality.crop(observation, self._crop, generator)
-        return {"X": observation}
+            item = example[self._modality]
+            if self._crop is None:
+                return {"X": modality.observe(item, ends=True)}
+            whole = modality.observe(item, ends=True, limit=sys.maxsize)
+            return {"X": modality.crop(whole, self._crop, generator)}

@@ -3,7 +3,7 @@
     checkpoints/STAGE-STEP/
       model.safetensors       every tensor of the objective, trained or frozen
       ema.safetensors         the averages, by parameter name
-      optimizer.safetensors   "STATE/PARAMETER", e.g. "exp_avg/prior.blocks.0.qkv.weight"
+      optimizer.safetensors   "STATE/PARAMETER", e.g. "exp_avg/prior.timestep.proj_in.weight"
       state.json              the scalars, and the size of each file above
 
 Random draws are functions of the step, so no generator is stored. A folder whose files are not all

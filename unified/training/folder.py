@@ -4,6 +4,7 @@
     metrics.jsonl      one line a logged step
     trackers/          what TensorBoard and others read
     initial/           the pipeline before its first step
+    init_report.json   what `init` loaded, where it is used
     stages/STAGE/      the pipeline after each stage (finished.json: how many steps each took)
     checkpoints/       where the current stage continues from
     samples/STAGE-STEP/

@@ -49,9 +49,12 @@ def initialise(pipeline: UnifiedPipeline) -> dict[str, Report]:
     another shape, and for a source none of whose tensors fit.
     """
     reports = {}
-    for part, origin in pipeline.config.init.model_dump(exclude_none=True).items():
+    for part, origin in pipeline.config.init.items():
         if part not in pipeline.modules:
-            raise ValueError(f"init.{part} is given, but the model has no {part}")
+            raise ValueError(
+                f"init.{part} is given, but the model has no {part}; it has"
+                f" {', '.join(pipeline.modules)}"
+            )
         load = _load_prior if part == "prior" else _load_modality
         reports[part] = load(pipeline, part, Path(origin).expanduser())
     return reports

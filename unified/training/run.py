@@ -167,8 +167,7 @@ def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code
 def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator) -> None:
     """Train one stage and leave the pipeline in ``stages/``."""
     config, stage, pipeline = materials.config, materials.stage, materials.pipeline
-    if needs_statistics(materials, folder):
-        materials.fit_statistics()
+    materials.fit_statistics(without_statistics(materials, folder))
     objective = materials.objective().to(accelerator.device)
     batches = materials.validation()
     progress = train_stage(
@@ -193,10 +192,14 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     accelerator.wait_for_everyone()
 
 
-def needs_statistics(materials: Materials, folder: RunFolder) -> bool:
-    """Latent statistics are fitted once, when the first joint stage starts: a prior that is loaded
-    (``init.prior``) or continued knows the latents by the statistics that it was trained with."""
+def without_statistics(materials: Materials, folder: RunFolder) -> set[str]:
+    """The modalities whose latent statistics are fitted now: once, when the first joint stage
+    starts. A prior that is loaded knows the latents of modalities that are loaded with it by the
+    statistics it was trained with, so theirs are kept."""
     config, stage = materials.config, materials.stage
     joint = [s.name for s in config.stages if s.objective == "joint"]
     begun = checkpoint.newest(folder.checkpoints, stage.name) is not None
-    return stage.name == next(iter(joint), None) and not begun and config.init.prior is None
+    if stage.name != next(iter(joint), None) or begun:
+        return set()
+    kept = {m for m in config.modalities if "prior" in config.init and f"{m}_vae" in config.init}
+    return set(config.modalities) - kept

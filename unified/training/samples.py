@@ -66,11 +66,7 @@ def request(layout: Layout, target: str, latents: Mapping[str, Latent], seed: in
     return Request(given, grid, seed)
 
 
-def write(folder: Path, stream: str, items: Sequence[Any]) -> None:
-    """One file an item: ``STREAM-INDEX.txt`` or ``.png``."""
+def write(folder: Path, stream: str, modality: Modality, items: Sequence[Any]) -> None:
+    """One file an item: ``STREAM-INDEX`` and the modality's ending."""
     for index, item in enumerate(items):
-        path = folder / f"{stream}-{index}"
-        if isinstance(item, str):
-            path.with_suffix(".txt").write_text(item + "\n", encoding="utf-8")
-        else:
-            item.save(path.with_suffix(".png"))
+        modality.write(item, folder / f"{stream}-{index}")

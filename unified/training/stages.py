@@ -6,7 +6,7 @@ nowhere else. Modalities and tasks are whatever the pipeline holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
@@ -129,23 +129,27 @@ class Materials:
         del step
         for stream, examples in self.held_out.items():
             few = examples[: samples.SAMPLES]
-            if self.stage.objective == "joint":
-                items = samples.generate(self.pipeline, stream, few, self.config.generation)
-            else:
-                modality = self.pipeline.modalities[str(self.stage.modality)]
+            if self.stage.modality is not None:
+                modality = self.pipeline.modalities[self.stage.modality]
                 items = samples.reconstruct(modality, [e.observations["X"] for e in few])
-            samples.write(folder, stream, items)
+            else:
+                task = self.pipeline.tasks[stream]
+                modality = self.pipeline.modalities[task.layout[task.generates].modality]
+                items = samples.generate(self.pipeline, stream, few, self.config.generation)
+            samples.write(folder, stream, modality, items)
 
     @torch.no_grad()
-    def fit_statistics(self) -> None:
-        """Fit every modality's latent statistics to examples of the tasks (a joint stage)."""
+    def fit_statistics(self, names: Set[str]) -> None:
+        """Fit the latent statistics of these modalities to examples of the tasks."""
+        if not names:
+            return
         observations: dict[str, list[Tensor]] = {}
         for example in self.mixture(STATISTICS_EXAMPLES, "statistics").batch(0):
             layout = self.pipeline.tasks[example.stream].layout
             for kind, observation in example.observations.items():
                 observations.setdefault(layout[kind].modality, []).append(observation)
-        for name, found in observations.items():
-            self.pipeline.modalities[name].eval().fit_statistics(found)
+        for name in names & observations.keys():
+            self.pipeline.modalities[name].eval().fit_statistics(observations[name])
 
 
 def _autoencoder(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:

@@ -1,0 +1,61 @@
+"""What the documentation says is so: links lead somewhere, drawings are drawn, examples run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unified.configuring import load_config
+from unified.show import parse_lengths, show_task, task_layout
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("task", ["continuation", "text_to_image", "captioning"])
+def test_the_drawings_are_those_of_the_tables(task: str) -> None:
+    layout = task_layout(task, block=2)
+    drawing = show_task(layout, parse_lengths("", layout)).partition("\n\n")[0]
+    shown = "\n".join(f"    {line}" for line in drawing.splitlines())
+    assert shown in (ROOT / "docs" / "architecture.md").read_text("utf-8")
+
+
+def block(page: str, language: str, after: str) -> str:
+    """The first code block of a language after a phrase."""
+    text = (ROOT / "docs" / page).read_text("utf-8").partition(after)[2]
+    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_modality_and_the_task_of_the_examples_train(tmp_path: Path) -> None:
+    page = "add_a_modality.md"
+    (tmp_path / "tone.py").write_text(block(page, "python", "`tone.py`:"))
+    (tmp_path / "tone.yaml").write_text(block(page, "yaml", "`tone.yaml`:"))
+    (tmp_path / "infilling.py").write_text(block("add_a_task.md", "python", "`infilling.py`:"))
+    run = {"cwd": tmp_path, "check": True}
+    subprocess.run([sys.executable, "-c", block(page, "python", "`make_tones.py`")], **run)
+    infilling = ["tasks.infilling.type=infilling:Infilling", "tasks.infilling.source=tones"]
+    command = ["-m", "unified.cli", "train", "tone.yaml", "--trust-remote-code"]
+    short = ["training.max_steps=1", "training.trackers=[]"]
+    subprocess.run([sys.executable, *command, *short, *infilling], **run)
+    use = block(page, "python", "(`PYTHONPATH=.`). Then:") + "assert len(tone) == 128\n"
+    subprocess.run([sys.executable, "-c", use], **run)
+
+
+def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    found = re.search(r"```yaml\n(# mine.yaml.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "mine.yaml").write_text(found[1])
+    assert list(load_config(tmp_path / "mine.yaml").data.sources) == ["prose", "pairs"]
