@@ -126,7 +126,7 @@ BAD_IMAGES = {
 
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_a_bad_image_is_skipped_and_too_many_end_the_run(
-    fails: Fails, tmp_path: Path, capsys: Any, kind: str, caplog: pytest.LogCaptureFixture
+    fails: Fails, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, says = BAD_IMAGES[kind]
     members = [*tiny.squares(), ("9999.png", data), ("9999.txt", b"a big red square")]

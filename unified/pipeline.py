@@ -127,7 +127,8 @@ class UnifiedPipeline:
     ) -> list[str]:
         """A text about each image, told by `prompts` (default: the instruction of training)."""
         if not isinstance(images, Sequence) or isinstance(images, str):
-            raise ValueError(f"images must be a list, found one {type(images).__name__}")
+            kind = type(images).__name__
+            raise ValueError(f"images must be a list, found one {kind}: put it in a list")
         told = [self._task("captioning").config.instruction] * len(images)
         told = told if prompts is None else list(texts(prompts))
         if len(told) != len(images):
