@@ -99,6 +99,7 @@ def test_beta_weighs_minus_the_entropy_and_not_the_kl(m: str) -> None:
     assert abs(sums[f"{m}/entropy"] - sum(p.kl() for p in found)) > 1
 
 
+@torch.no_grad()
 def test_the_flow_term_is_the_squared_error_of_the_velocity() -> None:
     """A new prior predicts zero, so the error is that of the target, eps - z_0, alone."""
     objective, pipeline = joint({"posterior": "mean"})
@@ -150,6 +151,7 @@ def test_weights_are_those_of_the_configuration() -> None:
     assert own.weights(0)["text/mask"] == own.modality("text").config.mask_weight
 
 
+@torch.no_grad()
 def test_the_reported_total_is_what_is_differentiated() -> None:
     objective, pipeline = joint({"optimizer": LEARNING, "loss": {"vae": 2, "fm": 3}})
     plan = objective.plan(tiny.examples(pipeline), 0)
@@ -159,14 +161,14 @@ def test_the_reported_total_is_what_is_differentiated() -> None:
 
 
 @pytest.mark.parametrize("m", VAES)
+@torch.no_grad()
 def test_drift_from_the_reference_is_zero_at_first_and_then_positive(m: str) -> None:
     objective, pipeline = joint({"optimizer": LEARNING, "loss": {"ref": 1}})
     plan = objective.plan(tiny.examples(pipeline), 0)
     assert float(objective(plan)[f"{m}/ref"]) == 0
     before = posteriors(objective, plan, m)
-    with torch.no_grad():
-        for parameter in objective.modality(m).parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+    for parameter in objective.modality(m).parameters():
+        parameter += 0.02 * torch.randn_like(parameter)
     drift = objective(plan)[f"{m}/ref"]
     pairs = zip(posteriors(objective, plan, m), before, strict=True)
     expected = sum(kl_divergence(normal(p), normal(q)).sum() for p, q in pairs)
@@ -179,6 +181,7 @@ def test_drift_from_the_reference_is_zero_at_first_and_then_positive(m: str) -> 
 
 
 @pytest.mark.parametrize("m", VAES)
+@torch.no_grad()
 def test_the_autoencoder_stage_has_the_kl_to_the_base_prior(m: str) -> None:
     objective = autoencoder(m, loss={"beta": 0.25, "mask": 0.5})
     pipeline = tiny.pipeline()
@@ -401,6 +404,7 @@ def checkerboard(observation: Tensor) -> Tensor:
     return board.to(torch.uint8).expand(3, -1, -1).contiguous()
 
 
+@torch.no_grad()
 def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks for which every position contributes the same known amount."""
     tasks = {**tiny.TASKS, "text_to_image": {**tiny.TASKS["text_to_image"], "caption_weight": 1}}
@@ -424,6 +428,7 @@ def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 2, 2)])
 @pytest.mark.parametrize("row_length", [40, 256])
+@torch.no_grad()
 def test_no_split_changes_sums_or_counts(sizes: tuple[int, ...], row_length: int) -> None:
     stage = {"optimizer": LEARNING, "loss": {"ref": 1}, "row_length": 256}
     objective, pipeline = joint(stage)

@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from unified.layers import wide
 from unified.modalities.image import losses, pixels
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.modality import Latent, Modality, PluginConfig, Posterior
@@ -235,7 +236,7 @@ class ImageModality(Modality):
         """Posteriors of observations of one size."""
         bytes_B3HW = torch.stack(list(observations)).to(self.shift.device)
         mean, logvar = self.codec.encode(pixels.to_unit(bytes_B3HW, self.codec.dtype))
-        mean_BLC, logvar_BLC = (_cells(at_least_fp32(z)) for z in (mean, logvar))
+        mean_BLC, logvar_BLC = (_cells(wide(z)) for z in (mean, logvar))
         mean_BLC = (mean_BLC - self.shift) / self.scale
         logvar_BLC = logvar_BLC - 2 * self.scale.log()
         grid = self.grid(observations[0])
@@ -250,7 +251,7 @@ class ImageModality(Modality):
         z_BLC = torch.stack([latent.values for latent in latents]).to(self.shift.device)
         z_BLC = z_BLC * self.scale + self.shift
         z_BChw = rearrange(z_BLC, "B (h w) C -> B C h w", h=h, w=w).to(self.codec.dtype)
-        return list(at_least_fp32(self.codec.decode(z_BChw)))
+        return list(wide(self.codec.decode(z_BChw)))
 
     # ---- making, files ---------------------------------------------------------------------------
 
@@ -301,11 +302,6 @@ def together(
     for indices in groups.values():
         results.update(zip(indices, forward([items[i] for i in indices]), strict=True))
     return [results[index] for index in range(len(items))]
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 if it has it: autocast leaves 16-bit outputs behind."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _cells(z_BChw: Tensor) -> Tensor:

@@ -29,10 +29,6 @@ from unified.modalities.text.vae_config import TextVAEConfig
 FAR = 1 << 24
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class KVCache:
     """Keys and values of what one stack has read, by block, and their positions [B, S].
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from unified.errors import validated
-from unified.modalities.text.layers import at_least_fp32
+from unified.layers import wide
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
@@ -219,7 +219,7 @@ class TextModality(Modality):
 
     def _cross_entropy(self, latents: Sequence[Latent], targets: Sequence[Tensor]) -> Tensor:
         """-log p of all targets that are not pads, given the latents of their texts; a sum."""
-        logits_BTV = at_least_fp32(self.logits(latents))
+        logits_BTV = wide(self.logits(latents))
         return F.cross_entropy(
             logits_BTV.flatten(0, 1),
             self._batch(targets).flatten(),

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unified.modalities.text.layers import Blocks, KVCache, at_least_fp32
+from unified.layers import wide
+from unified.modalities.text.layers import Blocks, KVCache
 from unified.modalities.text.vae_config import TextVAEConfig
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
         does not need it.
         """
         x_BLD = self.patch_embedder(self.wte(ids_BT).transpose(1, 2)).transpose(1, 2)
-        out_BLE = at_least_fp32(self.final_layer(self.blocks(x_BLD, lengths_B)))
+        out_BLE = wide(self.final_layer(self.blocks(x_BLD, lengths_B)))
         mean_BLC, logvar_BLC = out_BLE.chunk(2, dim=-1)
         if self.config.encoder_last_ln:
             mean_BLC = F.layer_norm(mean_BLC, mean_BLC.shape[-1:], eps=self.config.layer_norm_eps)
