@@ -69,7 +69,9 @@ def train(
     from unified.configuring import load_config
     from unified.training.run import train as run
 
-    print(run(load_config(config, overrides or []), config, trust_remote_code))
+    final = run(load_config(config, overrides or []), config, trust_remote_code)
+    if os.environ.get("RANK", "0") == "0":  # one line, however many processes were launched
+        print(final)
 
 
 @app.command()

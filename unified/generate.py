@@ -153,14 +153,10 @@ class _Session:
 
     def _denoise(self, sampler: Sampler) -> None:
         """Integrate the next block of every active request, and append it."""
-        m, kinds = self.target.modality, (self.noisy, UNCONDITIONAL)
+        m = self.target.modality
+        twin = Segment(UNCONDITIONAL, m, copies=self.noisy)
         guided = sampler.guidance_scale != 1
-        layout = Layout(
-            tuple(Segment(k, m, copies=c) for k, c in zip(kinds, (None, self.noisy), strict=True))[
-                : 1 + guided
-            ],
-            {},
-        )
+        layout = Layout((Segment(self.noisy, m), *[twin] * guided), {})
         starts = [self._start(i) for i in self.active]
         batch = self._batch([s.sample(self.task, self.noisy) for s in starts], layout)
         field = _Field(self.owner.prior, batch, self.cache, starts, m, self.noisy, sampler)

@@ -94,7 +94,12 @@ class FeedForward(nn.Module):
         return self.proj_out(F.gelu(self.proj_in(x_W), approximate="tanh"))
 
 
+def look_up(rows_TW: Tensor, t_N: Tensor) -> Tensor:
+    """``rows_TW[t_N]`` [N, W] in at least float32. As an embedding, whose gradient adds up fast."""
+    return F.embedding(t_N, wide(rows_TW))
+
+
 def modulate(x_NW: Tensor, shift_scale_TW: Tensor, t_N: Tensor) -> Tensor:
     """``x (1 + scale) + shift``; [T, 2W] is computed per distinct timestep, looked up by `t_N`."""
-    shift_NW, scale_NW = wide(shift_scale_TW)[t_N].chunk(2, dim=-1)
+    shift_NW, scale_NW = look_up(shift_scale_TW, t_N).chunk(2, dim=-1)
     return torch.addcmul(shift_NW, x_NW, 1 + scale_NW)

@@ -35,6 +35,7 @@ from unified.layers import (
     LayerNorm,
     TimestepEmbedding,
     layer_norm,
+    look_up,
     modulate,
     rotary_angles,
     rotate,
@@ -91,9 +92,9 @@ class Stream(nn.Module):
 
     def finish(self, x_NW: Tensor, out_NHD: Tensor, c_TW: Tensor, t_N: Tensor) -> Tensor:
         """Add the gated attention branch, then the gated MLP branch."""
-        x_NW = x_NW + wide(self.attention_out(c_TW))[t_N] * self.proj_out(out_NHD.flatten(-2))
+        x_NW = x_NW + look_up(self.attention_out(c_TW), t_N) * self.proj_out(out_NHD.flatten(-2))
         y_NW = modulate(layer_norm(x_NW, self.eps), self.mlp_in(c_TW), t_N)
-        return x_NW + wide(self.mlp_out(c_TW))[t_N] * self.mlp(y_NW)
+        return x_NW + look_up(self.mlp_out(c_TW), t_N) * self.mlp(y_NW)
 
 
 class Block(nn.Module):

@@ -56,7 +56,7 @@ def build_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Adam
             decay = config.weight_decay if decayed else 0.0
             if members:
                 settings.append({"params": members, "weight_decay": decay, "ratio": ratio})
-    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
