@@ -51,7 +51,7 @@ COMPONENTS, THUMBNAIL = (64, 256), 16
 #: timesteps and noises per example for the flow losses
 DRAWS = 2
 PASSAGES = 128
-#: images of a split that retrieval chooses among; of training, they say what a style looks like
+#: images of a split that retrieval chooses among
 REFERENCES = 256
 CANDIDATES = 10
 #: how many of a kind the gallery shows
@@ -265,7 +265,7 @@ class _Run:
     @cached_property
     def _styled(self) -> tuple[torch.Tensor, list[str]]:
         """Vectors of training images, and their styles."""
-        emoji = self.emoji("train")[:REFERENCES]
+        emoji = self.emoji("train")
         return self._vectors([e.image for e in emoji]), [e.style for e in emoji]
 
     def _style_share(self, vectors_QD: torch.Tensor, wanted: Sequence[str]) -> float:

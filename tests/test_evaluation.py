@@ -98,6 +98,18 @@ def test_retrieval_of_the_reference_itself_and_of_noise():
         retrieved(noise, reference[:6], range(6), groups[:6])
 
 
+def test_centroids_are_told_apart_by_what_differs_and_not_by_what_varies():
+    """The labels differ by 1 in a direction of spread 0.1; another direction has spread 10."""
+    g = torch.Generator().manual_seed(0)
+    labels = ["a", "b"] * 200
+    cloud = torch.randn(400, 2, generator=g) * torch.tensor([0.1, 10.0])
+    cloud[1::2, 0] += 1
+    found = nearest_centroids(cloud, cloud, labels, shrinkage=1e-6)
+    assert found == labels
+    nearest = torch.cdist(cloud, torch.stack([cloud[::2].mean(0), cloud[1::2].mean(0)])).argmin(1)
+    assert [labels[k] for k in nearest.tolist()] != labels
+
+
 def test_nearest_centroids_of_two_clouds():
     rng = torch.Generator().manual_seed(0)
     labels = ["3D", "flat"] * 20

@@ -72,15 +72,16 @@ def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor
     """
     q, k, v = (x.to(v_RSHD.dtype).transpose(1, 2) for x in (q_RQHD, k_RSHD, v_RSHD))
     if seen.blocks is not None:
-        out = _flex()(q, k, v, block_mask=seen.blocks)
+        out = _flex(q.device.type)(q, k, v, block_mask=seen.blocks)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense)
     return out.transpose(1, 2)
 
 
 @cache
-def _flex() -> Any:
-    """FlexAttention must be compiled: uncompiled, it materialises all scores."""
+def _flex(device: str) -> Any:
+    """FlexAttention must be compiled: uncompiled, it materialises all scores. The CPU's kernel
+    cannot be compiled for dynamic shapes."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention, dynamic=False if device == "cpu" else None)

@@ -114,7 +114,8 @@ class Visibility:
             ],
             dtype=torch.int64,
         )
-        self.lo_TKK, self.hi_TKK = bounds.unbind(-1)
+        # contiguous, since a compiled mask_mod cannot read a strided view
+        self.lo_TKK, self.hi_TKK = (b.contiguous() for b in bounds.unbind(-1))
 
     def to(self, device: torch.device | str) -> Visibility:
         moved = copy(self)

@@ -1,4 +1,4 @@
-"""Who is nearest: retrieval among references, and nearest centroids, by Euclidean distance.
+"""Who is nearest: retrieval among references, and nearest centroids.
 
 Shape legend: Q queries, R references, D numbers of a vector.
 """
@@ -57,12 +57,23 @@ def retrieved(
 
 
 def nearest_centroids(
-    query_QD: Tensor, reference_RD: Tensor, labels: Sequence[Label]
+    query_QD: Tensor, reference_RD: Tensor, labels: Sequence[Label], shrinkage: float = 0.03
 ) -> list[Label]:
-    """For every query, the label whose references' mean is nearest; ``labels[r]`` is r's."""
+    """For every query, the label whose references' mean is nearest; ``labels[r]`` is r's.
+
+    Distance is measured in units of how references scatter about their own mean (Mahalanobis):
+    what varies much within every label says little about the label. `shrinkage` adds that share of
+    the average variance to each direction, since there may be fewer references than directions.
+    """
     names = list(dict.fromkeys(labels))
-    mean_KD = torch.stack(
-        [reference_RD[[i for i, x in enumerate(labels) if x == name]].mean(0) for name in names]
-    )
-    distance_QK = torch.cdist(query_QD.double(), mean_KD.double())
+    reference_RD, query_QD = reference_RD.double(), query_QD.double()
+    index_R = torch.tensor([names.index(x) for x in labels])
+    mean_KD = torch.stack([reference_RD[index_R == k].mean(0) for k in range(len(names))])
+    scatter_RD = reference_RD - mean_KD[index_R]
+    covariance_DD = scatter_RD.mT @ scatter_RD / len(scatter_RD)
+    floor = shrinkage * covariance_DD.diagonal().mean().clamp_min(1e-12)
+    covariance_DD.diagonal().add_(floor)
+    difference_QKD = query_QD[:, None] - mean_KD
+    scaled_QKD = torch.linalg.solve(covariance_DD, difference_QKD.flatten(0, 1).mT).mT
+    distance_QK = (difference_QKD.flatten(0, 1) * scaled_QKD).sum(1).view(len(query_QD), -1)
     return [names[k] for k in distance_QK.argmin(1).tolist()]
