@@ -132,7 +132,7 @@ def painting_rows(s: Scores) -> list[Row]:
         Row(
             "Painted in the right style", percent(s["style"]),
             f"chance {percent(s['style_chance'])}; true images {percent(s['style_of_references'])}",
-            "Its latents are nearest to the mean of training images of that style, in units of scatter.",
+            "Its latents are nearest to the mean of that style in training, in units of scatter.",
         ),
     ]  # fmt: skip
 
