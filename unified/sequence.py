@@ -238,44 +238,58 @@ def pack(
     """
     placed = [place(layouts[s.task], s.grids, axes, s.clock, s.start) for s in samples]
     lengths = [sum(len(p.blocks) for p in sample) for sample in placed]
-    if row_length is None:
-        rows, width = len(samples), max(lengths)
-        offsets = [i * width for i in range(rows)]
-    else:
-        offsets, rows, width = _first_fit(lengths, row_length)
+    starts, rows, width = _arrange(lengths, row_length)
+    at = _cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
+    parts = [(i, p) for i, sample in enumerate(placed) for p in sample]
 
-    def blank(value: int) -> Tensor:
-        return torch.full((rows * width,), value, dtype=torch.int64)
+    def lay(values: list[Tensor], blank: int) -> Tensor:
+        flat = _cat(values)
+        laid = torch.full((rows * width, *flat.shape[1:]), blank)
+        laid[at] = flat
+        return laid.unflatten(0, (rows, width))
 
-    sample_, table, kind, block = blank(-1), blank(0), blank(0), blank(0)
-    pos = torch.zeros(rows * width, axes, dtype=torch.int64)
+    tables, kinds = visibility.table_index, visibility.kind_index
+    coordinates = Coordinates(
+        sample=lay([torch.full_like(p.blocks, i) for i, p in parts], -1),
+        table=lay([torch.full_like(p.blocks, tables[samples[i].task]) for i, p in parts], 0),
+        kind=lay([torch.full_like(p.blocks, kinds[p.segment.kind]) for _, p in parts], 0),
+        block=lay([p.blocks for _, p in parts], 0),
+    )
+    pos_RLA = lay([p.positions for _, p in parts] or [torch.zeros(0, axes, dtype=torch.int64)], 0)
+    where, spans = _by_modality(parts, at)
+    return PackedBatch(visibility, coordinates, pos_RLA, torch.zeros(rows, width), where, spans)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _by_modality(
+    parts: Sequence[tuple[int, Placed]], at: Tensor
+) -> tuple[dict[str, Tensor], list[Span]]:
+    """Each modality's places in the flattened rows [N], and all spans, in the order of samples."""
     where: dict[str, list[Tensor]] = {}
     spans: list[Span] = []
     taken: dict[str, int] = {}
-    for i, (sample, parts) in enumerate(zip(samples, placed, strict=True)):
-        at = offsets[i]
-        for p in parts:
-            n, modality = len(p.blocks), p.segment.modality
-            here = slice(at, at + n)
-            sample_[here], table[here] = i, visibility.table_index[sample.task]
-            kind[here], block[here] = visibility.kind_index[p.segment.kind], p.blocks
-            pos[here] = p.positions
-            start = taken.get(modality, 0)
-            spans.append(Span(i, p.segment, start, start + n, p.blocks - p.blocks[:1]))
-            where.setdefault(modality, []).append(torch.arange(at, at + n))
-            taken[modality], at = start + n, at + n
-    return PackedBatch(
-        visibility,
-        Coordinates(sample_, table, kind, block).map(lambda t: t.view(rows, width)),
-        pos.view(rows, width, axes),
-        torch.zeros(rows, width),
-        {m: torch.cat(w) for m, w in where.items()},
-        spans,
-    )
+    for (i, p), here in zip(parts, at.split([len(p.blocks) for _, p in parts]), strict=True):
+        m = p.segment.modality
+        start = taken.get(m, 0)
+        taken[m] = start + len(here)
+        spans.append(Span(i, p.segment, start, taken[m], p.blocks - p.blocks[:1]))
+        where.setdefault(m, []).append(here)
+    return {m: torch.cat(w) for m, w in where.items()}, spans
+
+
+def _arrange(lengths: Sequence[int], row_length: int | None) -> tuple[list[int], int, int]:
+    """(start of each sample in the flattened rows, number of rows, width of a row)."""
+    if row_length is not None:
+        return _first_fit(lengths, row_length)
+    width = max(lengths, default=0)
+    return [i * width for i in range(len(lengths))], len(lengths), width
 
 
 def _first_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, int]:
-    """(start of each sample in the flattened rows, number of rows, width of a row)."""
+    """The longest sample first, each into the first row that has room for it."""
     used: list[int] = []
     spot: dict[int, tuple[int, int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
