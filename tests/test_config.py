@@ -132,7 +132,7 @@ def test_extends_finds_shipped_files_and_circles(base, tmp_path, monkeypatch):
         ),
         (
             "training: {precision: fp8}",
-            "training.precision is 'fp8' but should be 'fp32' or 'bf16'",
+            "training.precision is 'fp8' but should be 'auto', 'fp32' or 'bf16'",
         ),
         ("training: {save_every: 0}", "training.save_every is 0 but should be greater than 0"),
         ("tasks: {captioning: yes}", "tasks.captioning is True but should be a mapping"),

@@ -177,7 +177,8 @@ class TrainingConfig(Part):
     log_every: int = Field(10, gt=0)
     validate_every: int = Field(500, gt=0)
     validation_examples: int = Field(64, gt=0)
-    precision: Literal["fp32", "bf16"] = "bf16"
+    #: bf16 is autocast, with weights in float32; auto takes it where the device has the arithmetic
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     ema: EMAConfig | None = EMAConfig()
     trackers: list[str] = ["tensorboard"]
     #: steps between samples of every task in the run folder; null writes none

@@ -1,0 +1,30 @@
+"""The arithmetic of a run follows what the device can do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unified.training.precision import has_bfloat16, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("found", [{"avx512_bf16": True}, {"amx_bf16": True}, {"bf16": True}])
+def test_auto_takes_bf16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert has_bfloat16(CPU)
+    assert resolve("auto", CPU) == "bf16"
+
+
+def test_auto_takes_fp32_on_a_processor_that_would_emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert resolve("auto", CPU) == "fp32"
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
+def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert resolve(asked, CPU) == asked

@@ -1,0 +1,27 @@
+"""Which arithmetic a run uses: bfloat16 autocast only where the hardware has it.
+
+A processor without bfloat16 instructions emulates them, up to seventy times slower than float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+#: instruction sets that multiply bfloat16 matrices, by the names PyTorch gives them
+CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 itself."""
+    if device.type == "cpu":
+        found = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(found.get(name, False) for name in CPU_BFLOAT16)
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return True if supported is None else bool(supported())
+
+
+def resolve(precision: str, device: torch.device) -> str:
+    """``auto`` as ``bf16`` or ``fp32``; what was asked for otherwise."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_bfloat16(device) else "fp32"
