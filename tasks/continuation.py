@@ -57,6 +57,10 @@ class Continuation(Task):
         return "C"
 
     @property
+    def continues(self) -> str:
+        return "C"
+
+    @property
     def limits(self) -> dict[str, int]:
         """Kind -> most latents of its item; a longer item is cut, not refused."""
         return {"C": self.config.max_tokens}

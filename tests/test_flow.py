@@ -9,9 +9,10 @@ import torch
 import toys
 
 from unified.config import TimestepConfig
-from unified.flow import FlowMatching, draw_timesteps, integrate, path, velocity
+from unified.flow import FlowMatching, draw_timesteps, path, velocity
 from unified.flow import round_timesteps as rounded
 from unified.randomness import generator
+from unified.solvers import integrate
 
 
 def drawn(rate: float = 0.0, count: int = 12, **options: object):

@@ -9,11 +9,12 @@ import pytest
 import torch
 import toys
 
-from unified.flow import integrate
-from unified.generate import Generator, Request, Sampler
+from unified.generate import Generator, Request
 from unified.modality import Latent
 from unified.randomness import generator
+from unified.sampler import Sampler
 from unified.sequence import Layout, Sample, Segment, pack
+from unified.solvers import integrate
 from unified.visibility import Visibility
 
 BLOCK = 2

@@ -17,10 +17,12 @@ PLUGINS = ("modalities", "tasks", "demos")
 LAYERS = [
     {"errors"},
     {"visibility", "registry", "config", "configuring", "randomness", "modality", "weights"},
-    {"sequence", "flow", "layers", "attention", "task", "plugins"},
+    {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},
+    {"guidance"},
     {"generate", "likelihood", "data"},
     {"training", "evaluation", "inference", "pipeline"},
+    {"official"},
     {"cli", "show"},
 ]
 

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from unified.modalities.text import decoding
+from unified.modalities.text.decoding import choose
 from unified.pipeline import UnifiedPipeline
 
 PROMPTS = ["a big", "a small green square", "red"]
@@ -123,8 +125,8 @@ def test_what_is_no_list_of_items_is_explained(
     [
         ({"seed": 1, "generator": torch.Generator()}, "a seed or a generator, not both"),
         ({"seed": [1, 2]}, "3 outputs need 3 seeds, found 2"),
-        ({"num_steps": 0}, "num_steps must be at least 1, found 0"),
-        ({"solver": "rk4"}, "unknown solver 'rk4'; choose one of euler, heun"),
+        ({"num_steps": 0}, "num_steps is 0 but should be greater than 0"),
+        ({"solver": "rk4"}, "solver is 'rk4' but should be 'euler', 'heun' or 'ab2'"),
         ({"max_new_tokens": 0}, "at least 1 token, 0 were asked for"),
     ],
 )
@@ -208,17 +210,16 @@ def test_the_default_length_is_the_configurations(endless: UnifiedPipeline) -> N
 def test_a_text_that_ends_is_cut_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = random_pipeline()
     text = pipeline.modalities["text"]
-    end, decode = text.tokenizer.eos_id, text.decode
+    end = text.tokenizer.eos_id
 
-    def ending(latents: Any) -> list[Tensor]:
-        return [
-            ids.index_fill(0, torch.arange(2, min(3, len(ids))), end) for ids in decode(latents)
-        ]
+    def ending(logits: Tensor, *rest: Any) -> Tensor:
+        ids = choose(logits, *rest)
+        return ids.index_fill(0, torch.arange(2, min(3, len(ids))), end)
 
-    monkeypatch.setattr(text, "decode", ending)
+    monkeypatch.setattr(decoding, "choose", ending)
     steps = list(pipeline.stream("captioning", [{"I": IMAGES[0], "P": "what"}], 12, seed=0))
     assert len(steps) == 1
-    monkeypatch.setattr(text, "decode", decode)
+    monkeypatch.setattr(decoding, "choose", choose)
     uncut = next(pipeline.stream("captioning", [{"I": IMAGES[0], "P": "what"}], 12, seed=0))
     assert uncut[0].startswith(steps[0][0])
     assert len(steps[0][0]) < len(uncut[0])

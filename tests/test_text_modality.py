@@ -101,7 +101,7 @@ def test_what_cannot_be_observed_is_explained() -> None:
 def test_without_a_corpus_there_is_a_network_but_no_tokenizer() -> None:
     text = TextModality.build(TextConfig(**SMALL), None)
     assert sum(p.numel() for p in text.parameters()) > 0
-    with pytest.raises(ValueError, match="built without a corpus and has no tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer, and works on ids only"):
         text.observe("a lime")
 
 

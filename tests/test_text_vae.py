@@ -1,15 +1,11 @@
-"""The text VAE's network: official outputs, causality, cache, precision."""
+"""The text VAE's network: sizes, causality, cache, precision."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,12 +13,6 @@ from unified.modalities.text.layers import KVCache
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 
-GOLDEN = Path(
-    os.environ.get("COLA_GOLDEN", Path(__file__).parents[2] / "shared" / "golden" / "cola_dlm")
-)
-golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="no golden tensors: set COLA_GOLDEN to their folder"
-)
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
     "dim": 24,
@@ -39,22 +29,6 @@ def small(**changes: Any) -> TextVAE:
     return TextVAE(TextVAEConfig(**(SMALL | changes))).double().eval()
 
 
-def official(name: str, **changes: Any) -> TextVAE:
-    stored = json.loads((GOLDEN / name / "config.json").read_text())
-    fields = {k: v for k, v in stored.items() if k in TextVAEConfig.model_fields}
-    vae = TextVAE(TextVAEConfig(**(fields | changes)))
-    vae.load_state_dict(load_file(GOLDEN / name / "model.safetensors"))
-    return vae.eval()
-
-
-def pad(flat: Tensor, lengths: Tensor) -> Tensor:
-    return pad_sequence(flat.split(lengths.tolist()), batch_first=True)
-
-
-def unpad(padded: Tensor, lengths: Tensor) -> Tensor:
-    return torch.cat([row[:n] for row, n in zip(padded, lengths.tolist(), strict=True)])
-
-
 def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
@@ -66,73 +40,6 @@ def test_default_sizes() -> None:
     assert sum(sizes.values()) == 501_871_574
     tokens = sizes["encoder.wte.weight"] - 1536 + sizes["decoder.final_layer.weight"]
     assert tokens == 308_054_016
-
-
-@golden
-@pytest.mark.parametrize("block", [1, 4, 16])
-@torch.no_grad()
-def test_official_encoder(block: int) -> None:
-    data = load_file(GOLDEN / "vae_encode.safetensors")
-    vae, lengths = official("cola_vae", block_size=block), data["lens"]
-    mean, logvar = vae.encoder(pad(data["ids"], lengths), lengths)
-    close(unpad(mean, lengths), data[f"mean.block{block}"])
-    close(unpad(logvar, lengths), data[f"logvar.block{block}"])
-
-
-@golden
-@torch.no_grad()
-def test_official_encoder_of_odd_lengths() -> None:
-    data = load_file(GOLDEN / "vae_encode.safetensors")
-    vae, lengths = official("cola_vae", block_size=1), data["odd.lens"]
-    mean, logvar = vae.encoder(pad(data["odd.ids"], lengths), lengths)
-    close(unpad(mean, lengths), data["odd.mean.block1"])
-    close(unpad(logvar, lengths), data["odd.logvar.block1"])
-
-
-@golden
-@torch.no_grad()
-def test_official_mask_row() -> None:
-    data = load_file(GOLDEN / "vae_encode.safetensors")
-    ids = data["mask_id_probe.ids"]
-    vae = official("cola_vae")
-    assert ids[1] == vae.config.vocab_size
-    close(vae.encoder(ids[None])[0][0], data["mask_id_probe.mean"])
-
-
-@golden
-@pytest.mark.parametrize("block", [1, 4, 16])
-@torch.no_grad()
-def test_official_decoder(block: int) -> None:
-    data = load_file(GOLDEN / "vae_decode.safetensors")
-    vae, lengths = official("cola_vae", block_size=block), data["lens"]
-    logits = vae.decoder(pad(data["z"], lengths), lengths_B=lengths)
-    close(unpad(logits, lengths), data[f"logits.block{block}"])
-
-
-@golden
-@torch.no_grad()
-def test_official_cached_decoder() -> None:
-    """Three samples whose prefixes differ in length (one is empty), then two blocks each."""
-    data = load_file(GOLDEN / "vae_decode.safetensors")
-    vae, lengths, cache = official("cola_vae"), data["cached.prefix_lens"], KVCache()
-    logits = vae.decoder(pad(data["cached.prefix_z"], lengths), cache, lengths)
-    close(unpad(logits, lengths), data["cached.prefix_logits"])
-    for block in ("cached.block1", "cached.block2"):
-        logits = vae.decoder(data[f"{block}_z"].unflatten(0, (3, -1)), cache)
-        close(logits.flatten(0, 1), data[f"{block}_logits"])
-
-
-@golden
-@pytest.mark.parametrize("name", ["vae_patch2", "vae_prenorm"])
-@torch.no_grad()
-def test_official_variants(name: str) -> None:
-    data, vae = load_file(GOLDEN / f"variant_{name}.safetensors"), official(name)
-    lengths, z_lengths = data["lens"], data["z_lens"]
-    mean, logvar = vae.encoder(pad(data["ids"], lengths), z_lengths)
-    close(unpad(mean, z_lengths), data["mean"])
-    close(unpad(logvar, z_lengths), data["logvar"])
-    logits = vae.decoder(pad(data["z"], z_lengths), lengths_B=z_lengths)
-    close(unpad(logits, lengths), data["logits"])
 
 
 @pytest.mark.parametrize("block", [1, 3])

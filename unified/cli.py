@@ -1,4 +1,4 @@
-"""The command line: ``unified train | generate | show | version``.
+"""The command line: ``unified train | generate | convert | show | version``.
 
 Every command imports what it needs when it runs, so that ``unified --help`` needs no torch. What
 a user can get wrong ends in one line ``error: ...`` and exit code 2; ``UNIFIED_DEBUG=1`` shows
@@ -28,7 +28,9 @@ app = typer.Typer(
 generate = typer.Typer(no_args_is_help=True, help="Generate text or images from a checkpoint.")
 show = typer.Typer(no_args_is_help=True, help="Show a configuration, a task or a model.")
 app.add_typer(generate, name="generate")
+convert = typer.Typer(no_args_is_help=True, help="Official Cola DLM checkpoints, in and out.")
 app.add_typer(show, name="show")
+app.add_typer(convert, name="convert")
 
 ConfigName = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")
@@ -221,6 +223,37 @@ def show_model(
 
     counts = view.parameter_counts(load_config(config, overrides or []), trust_remote_code)
     print(view.show_model(counts, as_json))
+
+
+# ---- convert -----------------------------------------------------------------------------------
+
+
+@convert.command("official")
+def convert_official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="An official folder, or hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The pipeline folder to write.")],
+) -> None:
+    """Make a pipeline folder of an official checkpoint."""
+    from unified.official import from_official
+
+    pipeline = from_official(source)
+    pipeline.save_pretrained(output)
+    if not pipeline.modalities["text"].has_tokenizer:
+        print(f"{source} has no tokenizer.json: the model works on ids only", file=sys.stderr)
+    print(output)
+
+
+@convert.command("to-official")
+def convert_to_official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A text-only pipeline folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The official folder to write.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+) -> None:
+    """Write a text-only pipeline in the official format."""
+    from unified.official import to_official
+
+    to_official(_pipeline(source, False), output, max_shard_size)
+    print(output)
 
 
 if __name__ == "__main__":

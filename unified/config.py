@@ -186,10 +186,45 @@ class TrainingConfig(Part):
 
 
 class GenerationConfig(Part):
+    """How things are generated; every call may set any of these."""
+
+    #: steps of the ODE per block, how they are taken, and their spacing (1: equal)
     num_steps: int = Field(16, gt=0)
-    guidance_scale: float = 3.0
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Literal["euler", "heun", "ab2"] = "euler"
+    time_shift: float = Field(1.0, gt=0, allow_inf_nan=False)
+    #: rounding of the timestep that the network sees
+    round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
+    #: v_u + guidance_scale (v_c - v_u) or another guider's rule, for t within the interval; at
+    #: scale 1 and outside the interval there is no unconditional pass
+    guidance_scale: float = Field(3.0, allow_inf_nan=False)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guider: Literal["cfg", "zero_star", "adaptive_projected", "tangential"] = "cfg"
+    #: what becomes of a prompt that ends inside a block (paper 5.2); for `partial`, the share of
+    #: the steps that are guided (m) and how often each of them is taken (t)
+    first_block: Literal["clean", "partial", "left", "right"] = "clean"
+    repaint_share: float = Field(1.0, ge=0, le=1)
+    repaint_times: int = Field(1, gt=0)
+    #: latents of the prompt: the posterior's mean, or a sample of it
+    prefix: Literal["mean", "sample"] = "mean"
+    #: how tokens are chosen; temperature 0 takes the best, top_k 0 and top_p 1 keep all
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
     max_new_tokens: int = Field(32, gt=0)
+    #: blocks, stopping and trimming as the official code has them: whole blocks, until all texts of
+    #: the batch have ended, nothing cut off
+    official: bool = False
+
+    @model_validator(mode="after")
+    def _interval(self) -> GenerationConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                "guidance_interval must be two timesteps with 0 <= first <= second <= 1, found"
+                f" {low}, {high}"
+            )
+        return self
 
 
 class Config(Part):

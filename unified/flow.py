@@ -2,8 +2,8 @@
 
 The path is straight, ``z_t = (1 - t) z_0 + t eps`` for t in [0, 1], so its velocity is constant,
 ``eps - z_0`` (rectified flow; paper 3.2.2 and 16.9). Training draws a timestep for each noise
-group, a block of noisy text or a whole noisy image, and regresses the velocity. Sampling
-integrates ``dz/dt = v`` from t = 1 to 0.
+group, a block of noisy text or a whole noisy image, and regresses the velocity. Sampling integrates
+``dz/dt = v`` from t = 1 to 0 (`unified.solvers`).
 
 Shape legend: N positions of one modality over a batch, C channels, n positions of one span,
 g noise groups of one span.
@@ -11,9 +11,8 @@ g noise groups of one span.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -180,37 +179,3 @@ def flow_errors(velocity_NC: Tensor, target_NC: Tensor, draws: Draws) -> Tensor:
     wide = torch.promote_types(velocity_NC.dtype, torch.float32)
     error_N = (velocity_NC.to(wide) - target_NC.to(wide)).square().mean(-1)
     return error_N * draws.weight_N.to(wide) * draws.noisy_N
-
-
-Field = Callable[[Tensor, Tensor], Tensor]
-
-
-def euler_step(field: Field, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One explicit Euler step of ``dz/dt = field(z, t)`` from `t` to `t_next`."""
-    return z + (t_next - t) * field(z, t)
-
-
-def heun_step(field: Field, z: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """One step of Heun's method (second order, two evaluations)."""
-    first = field(z, t)
-    second = field(z + (t_next - t) * first, t_next)
-    return z + (t_next - t) * 0.5 * (first + second)
-
-
-SOLVERS: dict[str, Callable[[Field, Tensor, Tensor, Tensor], Tensor]] = {
-    "euler": euler_step,
-    "heun": heun_step,
-}
-
-
-def integrate(field: Field, z: Tensor, num_steps: int, solver: str = "euler") -> Tensor:
-    """``z`` carried from t = 1 to t = 0 in `num_steps` equal steps, in at least float32."""
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, found {num_steps}")
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    times = torch.linspace(1, 0, num_steps + 1, dtype=z.dtype, device=z.device)
-    for t, t_next in pairwise(times):
-        z = SOLVERS[solver](field, z, t, t_next)
-    return z

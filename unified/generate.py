@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 
 from unified.cache import KVCache
-from unified.flow import integrate
+from unified.guidance import GuidedVelocity
 from unified.modality import Latent
 from unified.prior import Prior
 from unified.randomness import generator
+from unified.sampler import Sampler
 from unified.sequence import Layout, PackedBatch, Sample, Segment, pack, place
+from unified.solvers import integrate, repaint
 from unified.visibility import UNCONDITIONAL, Visibility, closure
 
 
@@ -38,24 +40,14 @@ class Request:
     """One thing to generate: the latents that are given by kind, how much to make, and a seed.
 
     ``given[target]`` is the known beginning of the target (a prompt to continue), if any; `grid`
-    is the target's whole grid, known beginning included.
+    is the target's whole grid, known beginning included. ``noise[i]``, if given, is the initial
+    noise [b, C] of the i-th block that is made, in place of what the seed draws.
     """
 
     given: Mapping[str, Latent]
     grid: tuple[int, ...]
     seed: int
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the flow is integrated: equal steps, Euler or Heun, and the guidance scale.
-
-    The velocity is ``v_u + guidance_scale (v_c - v_u)``; at 1 the unconditional pass is left out.
-    """
-
-    num_steps: int = 16
-    guidance_scale: float = 1.0
-    solver: str = "euler"
+    noise: Sequence[Tensor] | None = None
 
 
 #: (indices of requests, what each has so far [L, C]) -> which of them are finished
@@ -123,6 +115,7 @@ class _Session:
         self.latents = [self._beginning(r) for r in requests]
         #: latents of the target whose clean keys are in the cache
         self.committed = [self._whole_blocks(len(z)) for z in self.latents]
+        self.begun = list(self.committed)
 
     @torch.no_grad()
     def blocks(self, sampler: Sampler, stop: Stop | None) -> Iterator[dict[int, Tensor]]:
@@ -153,18 +146,64 @@ class _Session:
 
     def _denoise(self, sampler: Sampler) -> None:
         """Integrate the next block of every active request, and append it."""
-        m = self.target.modality
-        twin = Segment(UNCONDITIONAL, m, copies=self.noisy)
-        guided = sampler.guidance_scale != 1
-        layout = Layout((Segment(self.noisy, m), *[twin] * guided), {})
         starts = [self._start(i) for i in self.active]
-        batch = self._batch([s.sample(self.task, self.noisy) for s in starts], layout)
-        field = _Field(self.owner.prior, batch, self.cache, starts, m, self.noisy, sampler)
-        z = integrate(
-            field, torch.cat([s.noise for s in starts]), sampler.num_steps, sampler.solver
-        )
-        for i, block in zip(self.active, z.split([len(s.noise) for s in starts]), strict=True):
+        if sampler.first_block == "partial" and any(s.known for s in starts):
+            blocks = self._repaint(starts, sampler)
+        else:
+            field = self._field(starts, [s.known for s in starts], sampler)
+            noise = torch.cat([s.noise for s in starts])
+            z = integrate(field, noise, sampler.num_steps, sampler.solver, sampler.time_shift)
+            blocks = z.split([len(s.noise) for s in starts])
+        for i, block in zip(self.active, blocks, strict=True):
             self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+
+    def _field(
+        self, starts: Sequence[_Start], known: Sequence[int], sampler: Sampler
+    ) -> GuidedVelocity:
+        """The velocity of the blocks that begin at `starts`."""
+        m = self.target.modality
+        samples = [s.sample(self.task, self.noisy) for s in starts]
+        alone = Segment(self.noisy, m)
+        twin = Segment(UNCONDITIONAL, m, copies=self.noisy)
+        plain = self._batch(samples, Layout((alone,), {}))
+        both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
+        lengths = [len(s.noise) for s in starts]
+        prior = self.owner.prior
+        return GuidedVelocity(
+            prior, (plain, both), self.cache, lengths, known, m, self.noisy, sampler
+        )
+
+    def _repaint(self, starts: Sequence[_Start], sampler: Sampler) -> Sequence[Tensor]:
+        """The blocks under partial repaint: known positions are noisy too, and may drift."""
+        field = self._field(starts, [0] * len(starts), sampler)
+        rows = [
+            (torch.arange(len(s.noise), device=self.owner.device) < s.known)[:, None]
+            for s in starts
+        ]
+        z = repaint(
+            field,
+            torch.cat([s.noise for s in starts]),
+            torch.cat(rows),
+            self._noises(starts),
+            sampler.num_steps,
+            sampler.solver,
+            sampler.time_shift,
+            sampler.repaint_share,
+            sampler.repaint_times,
+        )
+        return z.split([len(s.noise) for s in starts])
+
+    def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:
+        """Fresh noise for all blocks, again and again; each request draws its own."""
+        seeds = [
+            generator(self.requests[i].seed, self.task, self.target.kind, "repaint", s.position)
+            for i, s in zip(self.active, starts, strict=True)
+        ]
+        while True:
+            drawn = [
+                torch.randn(s.noise.shape, generator=g) for s, g in zip(starts, seeds, strict=True)
+            ]
+            yield torch.cat(drawn).to(self.owner.device, self.owner.dtype)
 
     def _advance(self, finished: Sequence[bool]) -> None:
         """Drop finished requests; commit the new block of the others as clean history."""
@@ -212,13 +251,20 @@ class _Session:
         clock, position = self.origins[i]
         block = self.target.block
         grid = (block,) if block else request.grid
-        seed = generator(request.seed, self.task, self.target.kind, at)
-        channels = self.owner.prior.channels[self.target.modality]
-        noise = torch.randn(math.prod(grid), channels, generator=seed)
+        noise = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype, copy=True)
         known = self.latents[i][at:]
-        noise = noise.to(self.owner.device, self.owner.dtype)
         noise[: len(known)] = known
         return _Start(grid, clock + (at // block if block else 0), position + at, noise, len(known))
+
+    def _noise(self, i: int, length: int) -> Tensor:
+        """Initial noise [length, C] of the next block of request `i`."""
+        request, at = self.requests[i], self.committed[i]
+        if request.noise is not None:
+            made = at - self.begun[i]
+            return request.noise[made // (self.target.block or 1)]
+        seed = generator(request.seed, self.task, self.target.kind, at)
+        channels = self.owner.prior.channels[self.target.modality]
+        return torch.randn(length, channels, generator=seed)
 
     def _batch(
         self,
@@ -251,43 +297,3 @@ class _Start:
 
     def sample(self, task: str, kind: str) -> Sample:
         return Sample(task, {kind: self.grid}, self.clock, self.position)
-
-
-class _Field:
-    """The guided velocity of all active blocks, ``field(z [sum of b, C], t)``; 0 where known."""
-
-    def __init__(
-        self,
-        prior: Prior,
-        batch: PackedBatch,
-        cache: KVCache,
-        starts: Sequence[_Start],
-        modality: str,
-        kind: str,
-        sampler: Sampler,
-    ):
-        self.prior, self.batch, self.cache = prior, batch, cache
-        self.modality, self.kind, self.scale = modality, kind, sampler.guidance_scale
-        self.lengths = [len(s.noise) for s in starts]
-        device = batch.time_RL.device
-        unknown = [torch.arange(len(s.noise), device=device) >= s.known for s in starts]
-        self.unknown = torch.cat(unknown).to(batch.time_RL.dtype)
-        spans = torch.arange(sum(s.stop - s.start for s in batch.spans), device=device)
-        parts = [(s.segment.kind, spans[s.start : s.stop]) for s in batch.spans]
-        self.conditional = torch.cat([at for k, at in parts if k == kind])
-        others = [at for k, at in parts if k != kind]
-        self.unconditional = torch.cat(others) if others else None
-
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
-        values = [{self.kind: part} for part in z.split(self.lengths)]
-        batch = self.batch.with_latents(values)
-        time = torch.zeros_like(batch.time_RL)
-        where = batch.where[self.modality]
-        for at in (self.conditional, self.unconditional):
-            if at is not None:
-                time.view(-1)[where[at]] = t * self.unknown
-        v = self.prior(replace(batch, time_RL=time), self.cache)[self.modality].to(z.dtype)
-        guided = v[self.conditional]
-        if self.unconditional is not None:
-            guided = torch.lerp(v[self.unconditional], guided, self.scale)
-        return guided * self.unknown[:, None]

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unified.generate import Generator, Request, Sampler
-from unified.modality import Latent, Modality
+from unified.config import GenerationConfig
+from unified.generate import Generator, Request
+from unified.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
 from unified.prior import Prior
-from unified.randomness import derive
+from unified.randomness import derive, generator
+from unified.sampler import Sampler
 from unified.task import Task
+
+#: strategies that fill the prompt up to whole blocks, so that no block is mixed
+PADDED: dict[str, Side] = {"left": "left", "right": "right"}
 
 Seed = int | Sequence[int] | None
 
@@ -30,6 +35,17 @@ class Wish:
 
     given: Mapping[str, Any]
     size: Any = None
+    #: initial noise of each block, in place of what the seed draws
+    noise: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is given as observations; of the target's, `known` symbols and a `grid` of latents."""
+
+    observations: dict[str, Tensor]
+    known: int = 0
+    grid: tuple[int, ...] | None = None
 
 
 class Inference:
@@ -51,93 +67,142 @@ class Inference:
         for module in (prior, *modalities.values()):
             module.eval()
 
-    def run(self, wishes: Sequence[Wish], sampler: Sampler, seed: Seed = None) -> list[Any]:
+    def run(
+        self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None
+    ) -> list[Any]:
         """One item per wish."""
         items: list[Any] = [None] * len(wishes)
-        for step in self.stream(wishes, sampler, seed):
+        for step in self.stream(wishes, settings, seed):
             for i, item in step.items():
                 items[i] = item
         return items
 
     @torch.no_grad()
     def stream(
-        self, wishes: Sequence[Wish], sampler: Sampler, seed: Seed = None
+        self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None
     ) -> Iterator[dict[int, Any]]:
         """After every block, ``{wish: its item so far}``; a wish whose item has ended drops out."""
         if not wishes:
             return
-        starts = [self._observe(w) for w in wishes]
-        requests = self._requests(wishes, starts, seeds(seed, len(wishes)))
-        known = [len(o[self.target.kind]) if self.target.kind in o else 0 for o in starts]
-
-        def new(i: int, observation: Tensor) -> Tensor:
-            return observation[known[i] :] if known[i] else observation
+        starts = [self._observe(w, settings) for w in wishes]
+        requests = self._requests(wishes, starts, seeds(seed, len(wishes)), settings)
+        decoding = self._decoding(requests, settings)
+        made: dict[int, Tensor] = {}
 
         def ended(ids: Sequence[int], latents: Sequence[Tensor]) -> list[bool]:
-            found = zip(ids, self._decode(latents, [requests[i] for i in ids]), strict=True)
-            return [self.modality.has_ended(new(i, o)) for i, o in found]
+            del latents
+            over = [self.modality.has_ended(made[i]) for i in ids]
+            return [all(over)] * len(over) if settings.official else over
 
+        sampler = Sampler.of(settings)
         blocks = self.generator.stream(self.name, self.target.kind, requests, sampler, ended)
         for block in blocks:
-            observed = self._decode(list(block.values()), [requests[i] for i in block])
-            yield {
-                i: self.modality.realise(self._cut(new(i, o), wishes[i]))
-                for i, o in zip(block, observed, strict=True)
-            }
+            latents = [self._latent(z, requests[i]) for i, z in block.items()]
+            for i, o in zip(block, decoding.extend(list(block), latents), strict=True):
+                made[i] = o[starts[i].known :]
+            yield {i: self._realise(made[i], wishes[i], settings) for i in block}
 
     # ---- before ----
 
-    def _observe(self, wish: Wish) -> dict[str, Tensor]:
-        """Kind -> observation of everything given; a known beginning stays open."""
-        return {
-            kind: self.task.observe(self.modalities, kind, item, opens=kind == self.target.kind)
+    def _observe(self, wish: Wish, settings: GenerationConfig) -> _Start:
+        """Kind -> observation of everything given, and how much of the target is known."""
+        target = self.target.kind
+        observations = {
+            kind: self.task.observe(self.modalities, kind, item)
             for kind, item in wish.given.items()
+            if kind != target
         }
+        if target not in wish.given:
+            return _Start(observations)
+        text = self.modality.beginning(wish.given[target])
+        if not len(text):
+            raise ValueError(f"what {self.name} is to continue is empty")
+        side, block = self._filling(settings)
+        filled = self.modality.pad(text, block, side)
+        known = (
+            len(text) if side == "right" and not settings.first_block == "right" else len(filled)
+        )
+        # pads are encoded with the text; only what holds some of the text is known of the latents
+        cut = filled if settings.first_block in PADDED else self.modality.pad(text, 1, side)
+        return _Start(observations | {target: filled}, known, self.modality.grid(cut))
+
+    def _filling(self, settings: GenerationConfig) -> tuple[Side, int]:
+        """Where a beginning is filled up, and to whole blocks of how many latents."""
+        block = self.target.block or 1
+        if settings.first_block in PADDED:
+            return PADDED[settings.first_block], block
+        return ("right", block) if settings.official else (self.modality.boundary, 1)
 
     def _requests(
-        self, wishes: Sequence[Wish], starts: Sequence[dict[str, Tensor]], seeds: Sequence[int]
+        self,
+        wishes: Sequence[Wish],
+        starts: Sequence[_Start],
+        seeds: Sequence[int],
+        settings: GenerationConfig,
     ) -> list[Request]:
         encoded: list[dict[str, Latent]] = [{} for _ in wishes]
         for name, modality in self.modalities.items():
             found = [
                 (i, kind, o)
                 for i, start in enumerate(starts)
-                for kind, o in start.items()
+                for kind, o in start.observations.items()
                 if self.layout[kind].modality == name
             ]
             posteriors = modality.encode([o for _, _, o in found]) if found else []
             for (i, kind, _), posterior in zip(found, posteriors, strict=True):
-                encoded[i][kind] = posterior.mode
+                latent = self._given(posterior, settings, generator(seeds[i], "prefix", kind))
+                grid = starts[i].grid if kind == self.target.kind else None
+                encoded[i][kind] = (
+                    latent if grid is None else Latent(latent.values[: math.prod(grid)], grid)
+                )
         return [
-            Request(given, self._grid(wish, given), seed)
+            Request(given, self._grid(wish, given, settings), seed, wish.noise)
             for wish, given, seed in zip(wishes, encoded, seeds, strict=True)
         ]
 
-    def _grid(self, wish: Wish, given: Mapping[str, Latent]) -> tuple[int, ...]:
-        """The target's grid, its known beginning included, in whole blocks."""
+    def _given(
+        self, posterior: Posterior, settings: GenerationConfig, rng: torch.Generator
+    ) -> Latent:
+        """What is given, as a latent: the posterior's mean, or a sample of it."""
+        if settings.prefix == "mean":
+            return posterior.mode
+        return posterior.sample(draw(posterior, rng))
+
+    def _grid(
+        self, wish: Wish, given: Mapping[str, Latent], settings: GenerationConfig
+    ) -> tuple[int, ...]:
+        """The target's grid, its known beginning included, in whole blocks.
+
+        The official code counts what is new from the last whole block of the beginning.
+        """
         grid = self.modality.grid_for(wish.size)
         block, start = self.target.block, given.get(self.target.kind)
         if block is None:
             return grid
-        length = math.prod(grid) + (len(start.values) if start else 0)
-        return (-(-length // block) * block,)
+        known = len(start.values) if start else 0
+        known = known // block * block if settings.official else known
+        return (-(-(math.prod(grid) + known) // block) * block,)
+
+    def _decoding(self, requests: Sequence[Request], settings: GenerationConfig) -> Decoding:
+        block = self.target.block
+        known = [r.given.get(self.target.kind) for r in requests]
+        whole = [len(z.values) // block * block if z and block else 0 for z in known]
+        names = (f.name for f in fields(Choice))
+        choice = Choice(**{name: getattr(settings, name) for name in names})
+        return self.modality.decoding(choice, [r.seed for r in requests], whole, block)
 
     # ---- after ----
 
-    def _decode(self, latents: Sequence[Tensor], requests: Sequence[Request]) -> list[Tensor]:
-        """Observations of latents that may still lack their last blocks."""
-        return self.modality.decode(
-            [
-                Latent(z, r.grid if math.prod(r.grid) == len(z) else (len(z),))
-                for z, r in zip(latents, requests, strict=True)
-            ]
-        )
+    def _latent(self, z: Tensor, request: Request) -> Latent:
+        """Latents that may still lack their last blocks."""
+        return Latent(z, request.grid if math.prod(request.grid) == len(z) else (len(z),))
 
-    def _cut(self, observation: Tensor, wish: Wish) -> Tensor:
-        """A target made of blocks may be longer than was asked for."""
-        if self.target.block is None or wish.size is None:
-            return observation
-        return observation[: wish.size]
+    def _realise(self, made: Tensor, wish: Wish, settings: GenerationConfig) -> Any:
+        """The item; a target made of blocks may be longer than was asked for."""
+        if settings.official:
+            return self.modality.realise_all(made)
+        cut = made if self.target.block is None or wish.size is None else made[: wish.size]
+        return self.modality.realise(cut)
 
 
 def seeds(seed: Seed, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -78,6 +78,34 @@ class Posterior:
             squared = (self.mean_LC - other.mean_LC) ** 2 * torch.exp(-other.logvar_LC)
             logvar = self.logvar_LC - other.logvar_LC
         return 0.5 * (squared + torch.exp(logvar) - 1 - logvar).sum()
+
+
+Side = Literal["left", "right", "lead"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a modality of discrete symbols picks one; see `GenerationConfig`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class Decoding:
+    """Turns the latents of several items into observations while they are being generated."""
+
+    def __init__(self, modality: Modality):
+        self.modality = modality
+
+    def extend(self, ids: Sequence[int], latents: Sequence[Latent]) -> list[Tensor]:
+        """The observation of everything each item of `ids` has so far, of `latents`.
+
+        An item that is left out of `ids` once has ended and does not come back.
+        """
+        del ids
+        return self.modality.decode(latents)
 
 
 class Modality(nn.Module, ABC):
@@ -169,6 +197,35 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
         """One observation per (normalised) latent; the most likely one where there is a choice."""
+
+    def decoding(
+        self, choice: Choice, seeds: Sequence[int], starts: Sequence[int], block: int | None
+    ) -> Decoding:
+        """What decodes one item per seed as its latents arrive, `block` at a time after the first
+        ``starts[i]``. `choice` is for modalities with discrete symbols to choose."""
+        del choice, seeds, starts, block
+        return Decoding(self)
+
+    # A beginning that is to be continued ends where it ends, and not at the end of a latent.
+
+    def beginning(self, item: Any) -> Tensor:
+        """The observation of something to continue, not filled up to whole latents."""
+        return self.observe(item)
+
+    #: how a beginning is filled up to whole latents; see `pad`
+    boundary: Side = "right"
+    #: phases that the grouping of observations into latents can have; training draws one of them
+    leads: int = 1
+
+    def pad(self, observation: Tensor, block: int, side: Side) -> Tensor:
+        """The observation, filled up to whole blocks of latents: by padding on the left or on the
+        right, or by as many unknowns on the left (``lead``)."""
+        del block, side
+        return observation
+
+    def realise_all(self, observation: Tensor) -> Any:
+        """`realise`, without cutting at an end or leaving anything out."""
+        return self.realise(observation)
 
     @abstractmethod
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:

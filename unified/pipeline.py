@@ -19,9 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from unified.config import Config, PriorConfig
+from unified.config import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
-from unified.generate import Sampler
 from unified.inference import Inference, Seed, Wish
 from unified.modality import Modality
 from unified.plugins import build_tasks, modality_plugins
@@ -86,30 +85,33 @@ class UnifiedPipeline:
         size: Any = None,
         seed: Seed = None,
         generator: torch.Generator | None = None,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        solver: str | None = None,
+        **settings: Any,
     ) -> list[Any]:
         """One item per entry of `given` (items by kind), by any task of this model.
 
         `size` is in the target modality's own unit. Output i depends on its seed alone, not on
         its batch: `seed` is one number, from which each output derives its own, or a list of one
         per output; a `generator` draws them; without either they differ from call to call. The
-        other settings default to the configuration's `generation`. ValueError for a task or a
-        segment that the model does not have, and for input that cannot be represented.
+        `settings` are those of `GenerationConfig` (`num_steps`, `guidance_scale`, `temperature`,
+        ...) and default to the configuration's `generation`. ValueError for a task or a segment
+        that the model does not have, for settings that do not exist or make no sense, and for input
+        that cannot be represented.
         """
-        runner, sampler, seeds = self._runner(
-            task, len(given), seed, generator, num_steps, guidance_scale, solver
-        )
-        return runner.run([Wish(items, size) for items in given], sampler, seeds)
+        runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
+        return runner.run([Wish(items, size) for items in given], chosen, seeds)
 
     def stream(
-        self, task: str, given: Sequence[Mapping[str, Any]], size: Any = None, **settings: Any
+        self,
+        task: str,
+        given: Sequence[Mapping[str, Any]],
+        size: Any = None,
+        seed: Seed = None,
+        generator: torch.Generator | None = None,
+        **settings: Any,
     ) -> Iterator[dict[int, Any]]:
         """As `generate`, yielding after every block ``{index: its item so far}``."""
-        options = dict.fromkeys(("seed", "generator", "num_steps", "guidance_scale", "solver"))
-        runner, sampler, seeds = self._runner(task, len(given), **(options | settings))
-        return runner.stream([Wish(items, size) for items in given], sampler, seeds)
+        runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
+        return runner.stream([Wish(items, size) for items in given], chosen, seeds)
 
     def continue_text(
         self, prompts: Sequence[str], max_new_tokens: int | None = None, **settings: Any
@@ -149,22 +151,16 @@ class UnifiedPipeline:
         count: int,
         seed: Seed,
         generator: torch.Generator | None,
-        num_steps: int | None,
-        guidance_scale: float | None,
-        solver: str | None,
-    ) -> tuple[Inference, Sampler, Seed]:
+        settings: Mapping[str, Any],
+    ) -> tuple[Inference, GenerationConfig, Seed]:
         self._task(task)
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a generator, not both")
         if generator is not None:
             seed = torch.randint(1 << 62, (count,), generator=generator).tolist()
-        default = self.config.generation
-        sampler = Sampler(
-            default.num_steps if num_steps is None else num_steps,
-            default.guidance_scale if guidance_scale is None else guidance_scale,
-            default.solver if solver is None else solver,
-        )
-        return Inference(self.modalities, self.tasks, self.prior, task), sampler, seed
+        given = {key: value for key, value in settings.items() if value is not None}
+        chosen = validated(GenerationConfig, self.config.generation.model_dump() | given)
+        return Inference(self.modalities, self.tasks, self.prior, task), chosen, seed
 
     def _task(self, name: str) -> Any:
         if name not in self.tasks:

@@ -54,18 +54,23 @@ class Task(ABC):
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """Kind -> item, for every segment that is not a twin; `example` has modality names."""
 
+    @property
+    def continues(self) -> str | None:
+        """The kind whose beginning may be given, if there is one."""
+        return None
+
     def observe(
-        self, modalities: Mapping[str, Modality], kind: str, item: Any, opens: bool = False
+        self, modalities: Mapping[str, Modality], kind: str, item: Any, lead: int = 0
     ) -> Tensor:
         """The observation of `item` as segment `kind`, in training and in generation alike.
 
         A segment that generation must learn to end is closed, and one with blocks fills whole
-        blocks, unless it `opens`: a beginning that is to be continued.
+        blocks. A `lead` is drawn in training, for what may be continued from any of the
+        modality's ``leads`` phases.
         """
         segment = self.layout[kind]
         modality = modalities[segment.modality]
-        if opens:
-            return modality.observe(item)
         ends = segment.block is not None or self.layout.is_target(segment)
         limit = self.limits.get(kind)
-        return modality.observe(item, block=segment.block, ends=ends, limit=limit)
+        phase = {"lead": lead} if lead else {}
+        return modality.observe(item, block=segment.block, ends=ends, limit=limit, **phase)

@@ -61,10 +61,15 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(module: nn.Module, folder: Path) -> None:
     """Write the module's tensors into `folder`, in shards of at most 5 GB."""
+    save_tensors(named_tensors(module), folder)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
+    """Write `tensors` into `folder`: one file, or shards and their index."""
     from huggingface_hub import save_torch_state_dict
 
-    tensors = {name: t.contiguous() for name, t in named_tensors(module).items()}
-    save_torch_state_dict(tensors, folder)
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    save_torch_state_dict(contiguous, folder, max_shard_size=max_shard_size)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -88,6 +93,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def check_names(target: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: Path) -> None:
+    """ValueError naming the first tensor that only one of the two has."""
+    missing, extra = sorted(target.keys() - found.keys()), sorted(found.keys() - target.keys())
+    if missing or extra:
+        what = f"lacks tensor {missing[0]}" if missing else f"has tensor {extra[0]}, unknown here"
+        more = len(missing) + len(extra) - 1
+        raise ValueError(f"{origin} {what}" + (f" (and {more} more differ)" if more else ""))
+
+
 def check_shapes(target: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: Path) -> None:
     """ValueError naming the first tensor that both have, in different shapes."""
     for name in target.keys() & found.keys():
@@ -102,13 +116,18 @@ def check_shapes(target: Mapping[str, Tensor], found: Mapping[str, Tensor], orig
 def assign(target: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: Path) -> None:
     """Copy `found` into `target`: the same names and shapes, or a ValueError and nothing copied."""
     check_shapes(target, found, origin)
-    missing, extra = sorted(target.keys() - found.keys()), sorted(found.keys() - target.keys())
-    if missing or extra:
-        what = f"lacks tensor {missing[0]}" if missing else f"has tensor {extra[0]}, unknown here"
-        more = len(missing) + len(extra) - 1
-        raise ValueError(f"{origin} {what}" + (f" (and {more} more differ)" if more else ""))
+    check_names(target, found, origin)
     for name, tensor in target.items():
         tensor.copy_(found[name])
+
+
+def assign_new(module: nn.Module, found: Mapping[str, Tensor], origin: Path) -> None:
+    """Give a module without storage (on the meta device) `found` as its tensors, strictly."""
+    target = named_tensors(module)
+    check_names(target, found, origin)
+    check_shapes(target, found, origin)
+    cast = {name: found[name].to(tensor.dtype) for name, tensor in target.items()}
+    module.load_state_dict(cast, assign=True)
 
 
 def load_weights(module: nn.Module, folder: Path) -> None:

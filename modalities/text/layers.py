@@ -56,6 +56,12 @@ class KVCache:
         self.layers[layer] = k_BLD, v_BLD
         return k_BLD, v_BLD
 
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all samples but these."""
+        if self.positions_BS is not None:
+            self.positions_BS = self.positions_BS[rows]
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+
 
 def rotary_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tensor:
     """cos and sin [2, B, 1, S, h/2] of ``pos * theta^(-2j/h)``, in `dtype`."""

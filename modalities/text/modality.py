@@ -23,13 +23,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from unified.errors import validated
 from unified.layers import wide
+from unified.modalities.text.decoding import TextDecoding
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
-from unified.modality import Latent, Modality, Posterior, draw
+from unified.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
 from unified.weights import load_weights, save_weights
 
 CONFIG = "config.json"
+IGNORED = -100
 
 
 class TextConfig(TextVAEConfig):
@@ -72,10 +74,15 @@ class TextModality(Modality):
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise ValueError(
-                "this text modality was built without a corpus and has no tokenizer:"
-                " build it with one, or name a tokenizer in its configuration"
+                "this text modality has no tokenizer, and works on ids only: give its folder a"
+                " tokenizer/, or build it with a corpus or a tokenizer"
             )
         return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Without one, a text modality works on ids and cannot read or write text."""
+        return self._tokenizer is not None
 
     # ---- items and observations -----------------------------------------------------------------
 
@@ -88,11 +95,19 @@ class TextModality(Modality):
             ) from None
 
     def observe(
-        self, item: str, *, block: int | None = None, ends: bool = False, limit: int | None = None
+        self,
+        item: str,
+        *,
+        block: int | None = None,
+        ends: bool = False,
+        limit: int | None = None,
+        lead: int = 0,
     ) -> Tensor:
-        """`item` as int64 ids [T]: eos if it `ends`, then pads up to whole patches and blocks."""
+        """`item` as int64 ids [T]: a `lead` of unknown tokens, eos if it `ends`, then pads up to
+        whole patches and blocks."""
         _check(item)
-        ids = self.tokenizer.encode(item) + [self.tokenizer.eos_id] * ends
+        ids = [self.unknown_id] * lead + self.tokenizer.encode(item)
+        ids += [self.tokenizer.eos_id] * ends
         if limit is not None:
             ids = ids[: limit * self.config.patch_size]
         if not ids:
@@ -105,17 +120,60 @@ class TextModality(Modality):
         missing = -len(ids) % ((block or 1) * self.config.patch_size)
         return torch.tensor(ids + [self.tokenizer.pad_id] * missing)
 
+    def beginning(self, item: str) -> Tensor:
+        _check(item)
+        return torch.tensor(self.tokenizer.encode(item), dtype=torch.int64)
+
+    def pad(self, observation: Tensor, block: int, side: Side) -> Tensor:
+        missing = -len(observation) % (block * self.config.patch_size)
+        filler = self.unknown_id if side == "lead" else self.tokenizer.pad_id
+        filling = observation.new_full((missing,), filler)
+        return torch.cat([observation, filling] if side == "right" else [filling, observation])
+
+    @property
+    def unknown_id(self) -> int:
+        """The mask token: a token that stands there, but is not known."""
+        return self.config.vocab_size
+
+    @property
+    def leads(self) -> int:  # type: ignore[override]
+        return self.config.patch_size if self.boundary == "lead" else 1
+
+    @property
+    def boundary(self) -> Side:  # type: ignore[override]
+        return self.config.boundary
+
     def realise(self, observation: Tensor) -> str:
-        return self.tokenizer.decode(observation.tolist())
+        return self.tokenizer.decode(self._known(observation).tolist())
+
+    def realise_all(self, observation: Tensor) -> str:
+        return self.tokenizer.decode_all(self._known(observation).tolist())
+
+    def _known(self, ids_T: Tensor) -> Tensor:
+        return ids_T[ids_T != self.unknown_id]
 
     def crop(self, observation: Tensor, limit: int, generator: torch.Generator) -> Tensor:
-        """A random window of `limit` latents of a longer text."""
+        """A random window of `limit` latents of a longer text.
+
+        It begins at a whole latent, or anywhere and with a random lead where texts have leads.
+        """
         tokens = limit * self.config.patch_size
-        starts = (len(observation) - tokens) // self.config.patch_size + 1
+        if self.leads > 1:
+            lead = int(torch.randint(self.leads, (), generator=generator))
+            unknown = observation.new_full((lead,), self.unknown_id)
+            whole = torch.cat([unknown, self._window(observation, tokens - lead, 1, generator)])
+            return self.pad(whole, 1, "right")
+        return self._window(observation, tokens, self.config.patch_size, generator)
+
+    def _window(
+        self, ids_T: Tensor, tokens: int, stride: int, generator: torch.Generator
+    ) -> Tensor:
+        """`tokens` of `ids_T` from a random multiple of `stride`; all of them if there are fewer."""
+        starts = (len(ids_T) - tokens) // stride + 1
         if starts <= 1:
-            return observation[:tokens]
-        start = int(torch.randint(starts, (), generator=generator)) * self.config.patch_size
-        return observation[start : start + tokens]
+            return ids_T[:tokens]
+        start = int(torch.randint(starts, (), generator=generator)) * stride
+        return ids_T[start : start + tokens]
 
     def has_ended(self, observation: Tensor) -> bool:
         return bool((observation == self.tokenizer.eos_id).any())
@@ -156,6 +214,11 @@ class TextModality(Modality):
         lengths = [len(z.values) * self.config.patch_size for z in latents]
         return [ids_T[:length] for ids_T, length in zip(ids_BT, lengths, strict=True)]
 
+    def decoding(
+        self, choice: Choice, seeds: Sequence[int], starts: Sequence[int], block: int | None
+    ) -> Decoding:
+        return TextDecoding(self, choice, seeds, starts, block or 1)
+
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
         counts = {
             "reconstruction": float(sum(self._real(o) for o in observations)),
@@ -183,7 +246,7 @@ class TextModality(Modality):
             return {}
         inputs, targets = [], []
         for ids_T, generator in zip(observations, generators, strict=True):
-            real = (ids_T != self.tokenizer.pad_id).nonzero()[:, 0]
+            real = self._is_real(ids_T).nonzero()[:, 0]
             order = torch.randperm(len(real), generator=generator)
             hidden = real[order[: self._hidden(ids_T)].to(real.device)]
             inputs.append(ids_T.index_fill(0, hidden, self.config.vocab_size))
@@ -201,8 +264,12 @@ class TextModality(Modality):
         """Nothing to fit: the encoder's last LayerNorm fixes the scale of text latents, and the
         decoder is trained on latents that `scaling_factor` and `shifting_factor` have passed."""
 
+    def _is_real(self, ids_T: Tensor) -> Tensor:
+        """True for tokens of the text: neither pads nor unknown."""
+        return (ids_T != self.tokenizer.pad_id) & (ids_T != self.unknown_id)
+
     def _real(self, ids_T: Tensor) -> int:
-        return int((ids_T != self.tokenizer.pad_id).sum())
+        return int(self._is_real(ids_T).sum())
 
     def _hidden(self, ids_T: Tensor) -> int:
         return max(1, round(self.config.mask_rate * self._real(ids_T)))
@@ -218,13 +285,12 @@ class TextModality(Modality):
         )
 
     def _cross_entropy(self, latents: Sequence[Latent], targets: Sequence[Tensor]) -> Tensor:
-        """-log p of all targets that are not pads, given the latents of their texts; a sum."""
+        """-log p of all real tokens of the targets, given the latents of their texts; a sum."""
         logits_BTV = wide(self.logits(latents))
+        ids_BT = self._batch(targets)
+        wanted_BT = torch.where(self._is_real(ids_BT), ids_BT, IGNORED)
         return F.cross_entropy(
-            logits_BTV.flatten(0, 1),
-            self._batch(targets).flatten(),
-            ignore_index=self.tokenizer.pad_id,
-            reduction="sum",
+            logits_BTV.flatten(0, 1), wanted_BT.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
     # ---- making, files --------------------------------------------------------------------------
@@ -242,7 +308,8 @@ class TextModality(Modality):
         """Write ``{name}_vae/`` and the tokenizer's folder (``tokenizer/`` for the name "text")."""
         vae = Path(folder) / f"{name}_vae"
         vae.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(_tokenizer_folder(folder, name))
+        if self.has_tokenizer:
+            self.tokenizer.save(_tokenizer_folder(folder, name))
         fields = self.config.model_dump(mode="json") | {"tokenizer": None}
         (vae / CONFIG).write_text(json.dumps({"type": "text", **fields}, indent=2) + "\n", "utf-8")
         save_weights(self.network, vae)
@@ -251,7 +318,9 @@ class TextModality(Modality):
     def from_pretrained(cls, folder: Path | str, name: str) -> TextModality:
         """Read what `save_pretrained` wrote. ValueError for a file or tensor that does not fit."""
         vae = Path(folder) / f"{name}_vae"
-        modality = cls(_read_config(vae / CONFIG), Tokenizer.load(_tokenizer_folder(folder, name)))
+        at = _tokenizer_folder(folder, name)
+        tokenizer = Tokenizer.load(at) if at.exists() else None
+        modality = cls(_read_config(vae / CONFIG), tokenizer)
         load_weights(modality.network, vae)
         return modality
 

@@ -103,6 +103,10 @@ class Tokenizer:
         end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
         return self.core.decode([i for i in ids[:end] if i != self.pad_id])
 
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """The text of all `ids`, special tokens spelt out."""
+        return self.core.decode(list(ids), skip_special_tokens=False)
+
 
 def _content(token: str | dict[str, str] | None) -> str | None:
     """A token as ``tokenizer_config.json`` writes it: a string, or an object with its content."""

@@ -69,15 +69,23 @@ class TaskStream:
             )
 
     def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
-        del generator  # the layout and the item determine the observation
         with example.naming():
             items = self._task.fill(example)
             observations = {
-                s.kind: self._task.observe(self.modalities, s.kind, items[s.kind])
+                s.kind: self._task.observe(
+                    self.modalities, s.kind, items[s.kind], self._lead(s, generator)
+                )
                 for s in self._layout.filled
             }
             self._check_fits(observations)
         return observations
+
+    def _lead(self, segment: Segment, generator: torch.Generator) -> int:
+        """The phase of what may be continued: a prompt can end at any place within a latent."""
+        if segment.kind != self._task.continues:
+            return 0
+        phases = self.modalities[segment.modality].leads
+        return int(torch.randint(phases, (), generator=generator)) if phases > 1 else 0
 
     def _check_fits(self, observations: Mapping[str, Tensor]) -> None:
         lengths = {

@@ -1,0 +1,101 @@
+"""Guidance: the velocity that generation follows, from a conditional and an unconditional one.
+
+Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are the guiders of
+diffusers that need no more than these two, one per block, since some of them keep a state.
+
+Shape legend: N positions of all blocks being denoised, n positions of one block, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified.cache import KVCache
+from unified.flow import round_timesteps
+from unified.prior import Prior
+from unified.sampler import Sampler
+from unified.sequence import PackedBatch
+
+#: name -> class in `diffusers.guiders`
+GUIDERS = {
+    "zero_star": "ClassifierFreeZeroStarGuidance",
+    "adaptive_projected": "AdaptiveProjectedGuidance",
+    "tangential": "TangentialClassifierFreeGuidance",
+}
+
+
+def guider(sampler: Sampler) -> Any:
+    """A fresh guider of diffusers."""
+    from diffusers import guiders
+
+    return getattr(guiders, GUIDERS[sampler.guider])(guidance_scale=sampler.guidance_scale)
+
+
+class GuidedVelocity:
+    """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
+
+    `lengths` are those of the blocks, in the order of `batch`, which holds each block as `kind` and,
+    if it is to be guided, as its unconditional copy. ``known[i]`` positions of block i are held
+    clean, at t = 0.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        batches: tuple[PackedBatch, PackedBatch | None],
+        cache: KVCache,
+        lengths: Sequence[int],
+        known: Sequence[int],
+        modality: str,
+        kind: str,
+        sampler: Sampler,
+    ):
+        self.prior, self.cache, self.sampler = prior, cache, sampler
+        self.plain, self.both = batches
+        self.modality, self.kind, self.lengths = modality, kind, list(lengths)
+        time = self.plain.time_RL
+        unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
+        self.unknown_N = torch.cat(unknown).to(time)
+        self.guiders = [guider(sampler) for _ in lengths] if sampler.guider in GUIDERS else []
+        self.step = -1
+        self.reached: Tensor | None = None
+
+    def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
+        if self.both is None or not self.sampler.guides(t):
+            return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
+        v_c, v_u = self._velocities(self.both, z_NC, t)
+        return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
+
+    def _velocities(self, batch: PackedBatch, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Conditional velocity [N, C], and the unconditional one if `batch` has the copies."""
+        batch = batch.with_latents([{self.kind: part} for part in z_NC.split(self.lengths)])
+        copies = batch.latents[self.modality].shape[0] // len(z_NC)
+        rounded = round_timesteps(t, self.sampler.round_timesteps)
+        time_RL, where = torch.zeros_like(batch.time_RL), batch.where[self.modality]
+        time_RL.view(-1)[where] = self._interleave([rounded * self.unknown_N] * copies)
+        v = self.prior(replace(batch, time_RL=time_RL), self.cache)[self.modality].to(z_NC.dtype)
+        parts = v.split([n for n in self.lengths for _ in range(copies)])
+        return tuple(torch.cat(parts[i::copies]) for i in range(copies))
+
+    def _interleave(self, copies: Sequence[Tensor]) -> Tensor:
+        """[block 0 of each copy, block 1 of each copy, ...]."""
+        split = [copy.split(self.lengths) for copy in copies]
+        return torch.cat([part for parts in zip(*split, strict=True) for part in parts])
+
+    def _combine(self, v_c: Tensor, v_u: Tensor, t: Tensor) -> Tensor:
+        if not self.guiders:
+            return torch.lerp(v_u, v_c, self.sampler.guidance_scale)
+        if self.reached is None or t < self.reached:
+            self.step, self.reached = self.step + 1, t
+        out = []
+        for one, c, u in zip(
+            self.guiders, v_c.split(self.lengths), v_u.split(self.lengths), strict=True
+        ):
+            one.set_state(self.step, self.sampler.num_steps, t)
+            out.append(one.forward(c[None], u[None]).pred[0].to(v_c.dtype))
+        return torch.cat(out)
