@@ -225,6 +225,39 @@ def show_model(
     print(view.show_model(counts, as_json))
 
 
+# ---- score -------------------------------------------------------------------------------------
+
+
+@app.command("score")
+def score_response(
+    checkpoint: Checkpoint,
+    response: Annotated[str, typer.Option(help="The text whose likelihood is asked for.")],
+    prompt: Annotated[str | None, typer.Option(help="What it comes after.")] = None,
+    samples: Annotated[int, typer.Option(help="Posterior samples K.")] = 8,
+    estimator: Annotated[str, typer.Option(help="elbo or iwae.")] = "elbo",
+    trace: Annotated[str | None, typer.Option(help="hutchinson or exact.")] = None,
+    probes: Annotated[str | None, typer.Option(help="rademacher or gaussian.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, rk4 or dopri5.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of a fixed-step solver.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print the log-likelihood of a response, and its prior, posterior and decoder parts."""
+    import json
+
+    options = _given(trace=trace, probes=probes, solver=solver, num_steps=steps)
+    pipeline = _pipeline(checkpoint, trust_remote_code)
+    prompts = None if prompt is None else [prompt]
+    (found,) = pipeline.score([response], prompts, samples, estimator, seed, **options)
+    if as_json:
+        print(json.dumps(found.as_json(), indent=2))
+        return
+    from unified.likelihood.report import as_table
+
+    print(as_table(found))
+
+
 # ---- convert -----------------------------------------------------------------------------------
 
 

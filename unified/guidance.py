@@ -39,9 +39,9 @@ def guider(sampler: Sampler) -> Any:
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
-    `lengths` are those of the blocks, in the order of `batch`, which holds each block as `kind` and,
-    if it is to be guided, as its unconditional copy. ``known[i]`` positions of block i are held
-    clean, at t = 0.
+    `lengths` are those of the blocks, in the order of the two `batches`: the blocks alone as
+    `kind`, and, if they are to be guided, each with its unconditional copy. ``known[i]`` positions
+    of block i are held clean, at t = 0.
     """
 
     def __init__(

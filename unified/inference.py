@@ -119,11 +119,10 @@ class Inference:
             raise ValueError(f"what {self.name} is to continue is empty")
         side, block = self._filling(settings)
         filled = self.modality.pad(text, block, side)
-        known = (
-            len(text) if side == "right" and not settings.first_block == "right" else len(filled)
-        )
+        padded = settings.first_block in PADDED
+        known = len(text) if side == "right" and not padded else len(filled)
         # pads are encoded with the text; only what holds some of the text is known of the latents
-        cut = filled if settings.first_block in PADDED else self.modality.pad(text, 1, side)
+        cut = filled if padded else self.modality.pad(text, 1, side)
         return _Start(observations | {target: filled}, known, self.modality.grid(cut))
 
     def _filling(self, settings: GenerationConfig) -> tuple[Side, int]:

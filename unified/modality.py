@@ -231,6 +231,16 @@ class Modality(nn.Module, ABC):
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
         """Term -> number of positions its sum runs over, without running the network."""
 
+    def log_prob(self, observation: Tensor, latent: Latent, known: int) -> Tensor:
+        """log p(x | z) of what each latent stands for [L], in nats, where the observation is
+        discrete; its first `known` symbols are given and do not count."""
+        del observation, latent, known
+        raise ValueError(f"{type(self).__name__} has no decoder density, so it cannot be scored")
+
+    def log_scale(self) -> Tensor:
+        """log |dz / d(encoder's output)| per channel [C], of the latent normalisation."""
+        return torch.zeros(self.channels)
+
     @abstractmethod
     def reconstruction(
         self, observations: Sequence[Tensor], latents: Sequence[Latent]

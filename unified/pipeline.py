@@ -22,6 +22,8 @@ from torch import nn
 from unified.config import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
 from unified.inference import Inference, Seed, Wish
+from unified.likelihood import DensityConfig, Score, score
+from unified.likelihood.score import Scorer
 from unified.modality import Modality
 from unified.plugins import build_tasks, modality_plugins
 from unified.prior import Prior
@@ -144,6 +146,41 @@ class UnifiedPipeline:
         """An image of each prompt; `size` is (height, width) in pixels, or one side of a square."""
         given = [{"C": prompt} for prompt in texts(prompts)]
         return self.generate("text_to_image", given, size, **settings)
+
+    # ---- likelihood ----------------------------------------------------------------------------
+
+    def score(
+        self,
+        responses: Sequence[str],
+        prompts: Sequence[str] | None = None,
+        num_samples: int = 8,
+        estimator: str = "elbo",
+        seed: int = 0,
+        **density: Any,
+    ) -> list[Score]:
+        """How likely each text of `responses` is, after its prompt if there are prompts.
+
+        `density` holds settings of `DensityConfig`. See `unified.likelihood.score`.
+        """
+        task = self._task("continuation")
+        target = task.layout[task.generates]
+        modality = self.modalities[target.modality]
+        config = validated(DensityConfig, density)
+        scorer = Scorer(self.prior, modality, task.layout, target.kind, config)
+        given = [None] * len(responses) if prompts is None else list(texts(prompts))
+        if len(given) != len(responses):
+            raise ValueError(f"{len(given)} prompts for {len(responses)} responses; give one each")
+        return [
+            score(
+                scorer,
+                None if prompt is None else modality.beginning(prompt),
+                modality.beginning(response),
+                num_samples,
+                estimator,  # type: ignore[arg-type]
+                seed,
+            )
+            for prompt, response in zip(given, texts(responses), strict=True)
+        ]
 
     def _runner(
         self,

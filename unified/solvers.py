@@ -53,7 +53,7 @@ def named(solver: str) -> Solver:
 def schedule(num_steps: int, like: Tensor, shift: float = 1.0) -> Tensor:
     """Timesteps [num_steps + 1] from 1 to 0 in the dtype of `like`, at least float32.
 
-    They are equal steps at `shift` 1; above, ``s t / (1 + (s - 1) t)`` spends more of them on noise.
+    The steps are equal at `shift` 1; above, ``s t / (1 + (s - 1) t)`` spends more of them on noise.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, found {num_steps}")

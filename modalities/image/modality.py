@@ -209,6 +209,9 @@ class ImageModality(Modality):
         }
 
     @torch.no_grad()
+    def log_scale(self) -> Tensor:
+        return -self.scale.log()
+
     def fit_statistics(self, observations: Sequence[Tensor]) -> None:
         """Set shift and scale so that posterior samples of `observations` are standardised.
 

@@ -50,9 +50,7 @@ def probabilities(logits_TV: Tensor, choice: Choice) -> Tensor:
         mass = ordered.softmax(-1)
         before = mass.cumsum(-1) - mass
         before[:, 0] = 0
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(
-            -1, order, before > choice.top_p
-        )
+        dropped = (before > choice.top_p).gather(-1, order.argsort(-1))
         logits_TV = logits_TV.masked_fill(dropped, -torch.inf)
     return logits_TV.softmax(-1)
 

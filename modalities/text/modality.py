@@ -168,7 +168,7 @@ class TextModality(Modality):
     def _window(
         self, ids_T: Tensor, tokens: int, stride: int, generator: torch.Generator
     ) -> Tensor:
-        """`tokens` of `ids_T` from a random multiple of `stride`; all of them if there are fewer."""
+        """`tokens` of `ids_T` from a random multiple of `stride`; all if there are fewer."""
         starts = (len(ids_T) - tokens) // stride + 1
         if starts <= 1:
             return ids_T[:tokens]
@@ -227,6 +227,18 @@ class TextModality(Modality):
         if self.config.mask_weight:
             counts["mask"] = float(sum(self._hidden(o) for o in observations))
         return counts
+
+    def log_prob(self, observation: Tensor, latent: Latent, known: int) -> Tensor:
+        """Tokens that are pads, unknown or among the first `known` count 0."""
+        logits_TV = wide(self.logits([latent])[0])
+        wanted_T = torch.where(self._is_real(observation), observation, 0).to(logits_TV.device)
+        found_T = logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])[:, 0]
+        counts_T = self._is_real(observation) & (torch.arange(len(observation)) >= known)
+        masked_T = found_T.masked_fill(~counts_T.to(found_T.device), 0.0)
+        return masked_T.unflatten(0, (-1, self.config.patch_size)).sum(1)
+
+    def log_scale(self) -> Tensor:
+        return torch.full((self.channels,), math.log(self.config.scaling_factor))
 
     def reconstruction(
         self, observations: Sequence[Tensor], latents: Sequence[Latent]

@@ -22,8 +22,8 @@ class TextVAEConfig(PluginConfig):
     latent_dim: int = Field(16, gt=0)
     #: tokens per latent
     patch_size: int = Field(1, gt=0)
-    #: how a prompt that ends inside a latent is filled up: unknown tokens before its beginning, which
-    #: training then shows in every number, or pads after its end, as the official code does
+    #: how a prompt that ends inside a latent is filled up: by unknown tokens before its beginning,
+    #: which training then shows in every number, or by pads after its end, as the official code
     boundary: Literal["lead", "right"] = "lead"
     #: latents that see each other both ways; 1 is strictly causal (the official files store theirs)
     block_size: int = Field(1, gt=0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unified.data.examples import Example
 from unified.modality import Modality
+from unified.sequence import Segment
 from unified.task import Task
 
 
