@@ -23,6 +23,7 @@ LAYERS = [
     {"generate", "likelihood", "data"},
     {"training", "evaluation", "inference", "pipeline"},
     {"official"},
+    {"commands"},
     {"cli", "show"},
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``unified train | generate | convert | show | version``.
+"""The command line: ``unified train | generate | score | eval | convert | ...``.
 
 Every command imports what it needs when it runs, so that ``unified --help`` needs no torch. What
 a user can get wrong ends in one line ``error: ...`` and exit code 2; ``UNIFIED_DEBUG=1`` shows
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unified.commands import evaluate, tokenizer
 from unified.errors import one_line
 
 app = typer.Typer(
@@ -31,6 +32,8 @@ app.add_typer(generate, name="generate")
 convert = typer.Typer(no_args_is_help=True, help="Official Cola DLM checkpoints, in and out.")
 app.add_typer(show, name="show")
 app.add_typer(convert, name="convert")
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(tokenizer.app, name="tokenizer")
 
 ConfigName = Annotated[
     str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one.")

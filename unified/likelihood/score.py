@@ -10,10 +10,10 @@ so one ODE gives ``log p(z(b) | z(<b))`` of every block at once. The score of bl
     decoder  log p(x(b) | z(<=b))  +  prior  log p(z(b) | z(<b))  -  posterior  log q(z(b) | x)
 
 averaged over posterior samples (10.21). In a block that the prompt ends in, the prompt's latents
-are held clean and only the response's are counted. Densities are those of the encoder's own space: the
-Jacobian of the latent normalisation is in the prior and in the posterior term, and cancels in the
-sum. A text that does not fill its last block is padded, as in training; pads count in the prior and
-the posterior, not in the decoder's term.
+are held clean and only the response's are counted. Densities are those of the encoder's own space:
+the Jacobian of the latent normalisation is in the prior and in the posterior term, and cancels in
+the sum. A text that does not fill its last block is padded, as in training; pads count in the prior
+and the posterior, not in the decoder's term.
 
 Shape legend: K posterior samples, B blocks, b latents of a block, L = B b, C channels, D = b C.
 """

@@ -1,0 +1,1 @@
+"""Groups of the command line that have a file of their own."""

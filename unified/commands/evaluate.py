@@ -1,0 +1,70 @@
+"""``unified eval``: score answers, or let a model answer first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _print(found: list[Any], as_json: bool) -> None:
+    from unified.evaluation.answers import as_table
+
+    print(json.dumps([asdict(a) for a in found], indent=2) if as_json else as_table(found))
+
+
+@app.command("answers")
+def answers(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="TASK.jsonl files.")],
+    task: Annotated[str | None, typer.Option(help="If the file's name is not the task's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score files of answers by the official rule and by the paper's."""
+    from unified.evaluation.answers import score_file
+
+    _print([score_file(path, task) for path in files], as_json)
+
+
+@app.command("run")
+def run(
+    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="A pipeline folder.")],
+    task: Annotated[str, typer.Option(help="E.g. lambada.")],
+    file: Annotated[Path, typer.Option(help="Questions: one JSON object a line.")],
+    output: Annotated[Path | None, typer.Option(help="Answers; default beside the file.")] = None,
+    few_shot: Annotated[Path | None, typer.Option(help="Worked examples, as text.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 20,
+    seed: Annotated[int, typer.Option()] = 66,
+    steps: Annotated[int | None, typer.Option(help="ODE steps per block.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: AsJson = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Answer a file of questions and score the answers; a stopped run is continued."""
+    from unified.evaluation.answering import answer_file
+    from unified.evaluation.answers import task_of
+    from unified.pipeline import UnifiedPipeline
+
+    task_of(file, task)
+    pipeline = UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    asked = {"num_steps": steps, "guidance_scale": guidance, "max_new_tokens": max_new_tokens}
+    found = answer_file(
+        pipeline,
+        task,
+        file,
+        output or file.with_name(f"{file.stem}.answers.jsonl"),
+        limit,
+        batch_size,
+        seed,
+        few_shot.read_text("utf-8") if few_shot else "",
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    _print([found], as_json)

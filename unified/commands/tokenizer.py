@@ -1,0 +1,77 @@
+"""``unified tokenizer``: train one, bring one in, look at one.
+
+The tokenizer is the text modality's own, found through the registry: the core imports no plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Byte-level BPE tokenizers.")
+
+Output = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
+
+
+def _class() -> Any:
+    from importlib import import_module
+
+    return import_module("unified.modalities.text.tokenizer").Tokenizer
+
+
+@app.command("train")
+def train(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Text files, .jsonl files or shards.")
+    ],
+    vocab_size: Annotated[int, typer.Option(help="Most tokens; 258 at least.")],
+    output: Output,
+    field: Annotated[str, typer.Option(help="Which field of a .jsonl line is text.")] = "text",
+) -> None:
+    """Train a tokenizer on text."""
+    tokenizer = _class().train(_texts(sources, field), vocab_size)
+    tokenizer.save(output)
+    print(f"{output}: {len(tokenizer)} tokens")
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[Path, typer.Argument(help="tokenizer.json, or a tiktoken rank file.")],
+    output: Output,
+) -> None:
+    """Make a tokenizer folder of a file; cl100k ranks get the OLMo 2 special tokens."""
+    tokenizer = _class().load(source)
+    tokenizer.save(output)
+    print(f"{output}: {len(tokenizer)} tokens")
+
+
+@app.command("show")
+def show(
+    source: Annotated[Path, typer.Argument(help="A tokenizer's folder or file.")],
+    text: Annotated[str, typer.Option(help="The text to take apart.")],
+) -> None:
+    """Print the ids of a text and what each stands for."""
+    tokenizer = _class().load(source)
+    for i in tokenizer.encode(text):
+        print(f"{i:>7}  {tokenizer.decode_all([i])!r}")
+
+
+def _texts(sources: list[str], field: str) -> Iterator[str]:
+    """All texts of files (as they are), of .jsonl lines, or of the .txt members of shards."""
+    from unified.data.shards import read_shards
+    from unified.evaluation.answers import read_objects
+
+    for source in sources:
+        if source.endswith(".tar"):
+            found = (e.members.get("txt") for e in read_shards(source))
+            yield from (data.decode("utf-8") for data in found if data is not None)
+        elif source.endswith(".jsonl"):
+            for place, row in read_objects(Path(source)):
+                if not isinstance(row.get(field), str):
+                    raise ValueError(f"{place} has no text in {field!r}; name another with --field")
+                yield row[field]
+        else:
+            yield Path(source).read_text("utf-8")

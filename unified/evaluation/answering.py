@@ -1,0 +1,81 @@
+"""Let a model answer a benchmark file: generate, write, score. A run that was stopped goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unified.evaluation.answers import Accuracy, read_rows, score_rows, task_of
+from unified.evaluation.prompts import prompt, truth
+from unified.evaluation.scoring import cut
+
+if TYPE_CHECKING:
+    from unified.pipeline import UnifiedPipeline
+
+#: the settings of the published run
+PUBLISHED: dict[str, Any] = {
+    "num_steps": 16,
+    "guidance_scale": 7.0,
+    "max_new_tokens": 32,
+    "repetition_penalty": 1.1,
+    "temperature": 0.0,
+}
+
+
+def answer_file(
+    pipeline: UnifiedPipeline,
+    task: str,
+    path: Path,
+    output: Path,
+    limit: int | None = None,
+    batch_size: int = 20,
+    seed: int = 66,
+    examples: str = "",
+    **settings: Any,
+) -> Accuracy:
+    """Answer the rows of `path` into `output`, and score them.
+
+    Rows whose id `output` holds already are not generated again; each answer depends on the seed
+    and its own row, not on its batch.
+    """
+    from tqdm import tqdm
+
+    task = task_of(path, task)
+    rows = read_rows(path, ("id",))[:limit]
+    done = {row["id"]: row for row in read_rows(output, ("id", "generate"))} if _has(output) else {}
+    missing = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as file, tqdm(total=len(missing), disable=None) as bar:
+        for batch in _batches(missing, batch_size):
+            prompts = [prompt(task, row, examples) for _, row in batch]
+            seeds = [seed * 1_000_003 + i for i, _ in batch]
+            texts = pipeline.continue_text(prompts, seed=seeds, **(PUBLISHED | settings))
+            for (_, row), asked, text in zip(batch, prompts, texts, strict=True):
+                done[row["id"]] = _answer(row, asked, text)
+                file.write(json.dumps(done[row["id"]], ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+    return score_rows(task, [done[row["id"]] for row in rows])
+
+
+def _has(output: Path) -> bool:
+    return output.is_file() and output.stat().st_size > 0
+
+
+def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _answer(row: Mapping[str, Any], asked: str, text: str) -> dict[str, Any]:
+    """A line of an answers file."""
+    kept = cut(text)
+    answer = {
+        "id": row["id"],
+        "prompt": row.get("prompt", asked),
+        "generate": kept,
+        "others": text[len(kept) :],
+        "ground_truth": truth(row),
+    }
+    return answer | {k: row[k] for k in ("choices", "few_shot_prefix") if row.get(k)}
