@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unified.training.precision import has_bfloat16, resolve
+from unified.training.precision import current_device, has_bfloat16, resolve
 
 CPU = torch.device("cpu")
 
@@ -28,3 +28,7 @@ def test_auto_takes_fp32_on_a_processor_that_would_emulate(monkeypatch: pytest.M
 def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     assert resolve(asked, CPU) == asked
+
+
+def test_a_build_for_an_accelerator_runs_on_the_cpu_where_there_is_none() -> None:
+    assert (current_device() == CPU) == (not torch.accelerator.is_available())

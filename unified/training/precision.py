@@ -11,6 +11,14 @@ import torch
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
+def current_device() -> torch.device:
+    """This machine's accelerator if it can be used, else the CPU.
+
+    PyTorch names the accelerator that it was built for even where there is none.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 itself."""
     if device.type == "cpu":

@@ -28,7 +28,7 @@ from unified.training.loop import (
     train_stage,
 )
 from unified.training.metrics import say, tracker_names
-from unified.training.precision import resolve
+from unified.training.precision import current_device, resolve
 from unified.training.stages import Materials, Sources
 
 if TYPE_CHECKING:
@@ -93,13 +93,13 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = current_device()
     precision = resolve(config.training.precision, device)
     if config.training.precision == "auto":
         say(f"precision: {precision}")
     accelerator = Accelerator(
         mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
-        cpu=not torch.accelerator.is_available(),
+        cpu=device.type == "cpu",
         log_with=tracker_names(config.training.trackers) or None,
         project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.trackers)),
         kwargs_handlers=distributed_settings(),
