@@ -47,7 +47,7 @@ def configuration(folder: Path) -> Any:
         modalities={"text": {**tiny.TEXT, "max_tokens": 4096}, "image": tiny.IMAGE},
         tasks=tasks,
         data={"sources": {"emoji": shard(folder, EMOJI), "prose": shard(folder, PROSE)}},
-        flow={"clean_prefix_rate": 0.3},
+        flow={"clean_prefix_rate": 0.3, "timesteps": {"text": {"loc": 0.0}}},
         stages=[
             tiny.autoencoder("text", sources={"emoji": 1.0, "prose": 1.0}, crop=24, steps=5),
             tiny.autoencoder("image", sources={"emoji": 1.0}, steps=5),

@@ -355,6 +355,16 @@ def test_timesteps_are_drawn_per_modality() -> None:
     assert float(plain.time_N.max()) < 0.05
 
 
+def test_a_location_that_is_not_set_is_the_modalitys_own() -> None:
+    for told, location in (({"scale": 0.0}, 1.0), ({"scale": 0.0, "loc": -2.0}, -2.0)):
+        flow = {"timesteps": {"text": told, "image": {"scale": 0.0}}, "clean_prefix_rate": 0.0}
+        plan, text = drawn({"flow": flow}, "text")
+        image = plan.draws["image"]
+        for draws, wanted in ((text, location), (image, 0.0)):
+            time = draws.time_N[draws.noisy_N]
+            torch.testing.assert_close(time, torch.full_like(time, 1 / (1 + math.exp(-wanted))))
+
+
 @pytest.mark.parametrize(
     ("rounding", "on_grid"),
     [

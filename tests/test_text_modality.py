@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unified.modalities.text.modality import TextConfig, TextModality
+from unified.modalities.text.modality import TextConfig, TextModality, location_by_width
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.modality import Latent
 from unified.randomness import generator
@@ -261,3 +261,11 @@ def test_transformers_reads_the_tokenizer(text: TextModality, tmp_path: Path) ->
     for item in (CORPUS[2], " naïve 🫐  漢字\n"):
         assert theirs.encode(item, add_special_tokens=False) == ours.encode(item)
         assert theirs.decode(ours.encode(item)) == item
+
+
+@pytest.mark.parametrize(
+    ("channels", "location"),
+    [(8, 1.0), (16, 1.0), (32, 1.35), (64, 1.7), (96, 2.051), (128, 2.3), (256, 2.3)],
+)
+def test_the_timestep_location_follows_the_width(channels: int, location: float) -> None:
+    assert location_by_width(channels) == pytest.approx(location, abs=1e-3)

@@ -73,7 +73,8 @@ class TimestepConfig(Part):
     """How a modality's timesteps are drawn in training (paper 16.9)."""
 
     distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    loc: float = 0.0
+    #: without a number, the modality's own: for text by the width of its latents, else 0
+    loc: float | None = Field(None, allow_inf_nan=False)
     scale: float = Field(1.0, ge=0)
 
 

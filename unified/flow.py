@@ -39,7 +39,8 @@ def draw_timesteps(count: int, config: TimestepConfig, generator: torch.Generato
     """Timesteps [count] in [0, 1]: ``sigmoid(loc + scale n)``, n normal (16.5-16.8), or uniform."""
     if config.distribution == "uniform":
         return torch.rand(count, generator=generator)
-    return torch.sigmoid(config.loc + config.scale * torch.randn(count, generator=generator))
+    loc = config.loc or 0.0
+    return torch.sigmoid(loc + config.scale * torch.randn(count, generator=generator))
 
 
 def round_timesteps(t: Tensor, rounding: str) -> Tensor:
@@ -78,11 +79,26 @@ class Draws:
 
 
 class FlowMatching:
-    """Corruption and loss of training (paper 3.2.2), as a function of each sample's generator."""
+    """Corruption and loss of training (paper 3.2.2), as a function of each sample's generator.
 
-    def __init__(self, config: FlowConfig, layouts: Mapping[str, Layout]):
+    `locations` are the timestep locations of modalities for which the configuration sets none.
+    """
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        layouts: Mapping[str, Layout],
+        locations: Mapping[str, float] | None = None,
+    ):
         self.config = config
         self.layouts = layouts
+        self.locations = locations or {}
+
+    def timesteps(self, modality: str) -> TimestepConfig:
+        """How the timesteps of a modality are drawn, with its location."""
+        told = self.config.timesteps.get(modality, TimestepConfig())
+        location = self.locations.get(modality, 0.0) if told.loc is None else told.loc
+        return told.model_copy(update={"loc": location})
 
     def draw(
         self,
@@ -108,8 +124,7 @@ class FlowMatching:
             return Draws(torch.zeros(n, channels), zero, no, no, zero)
         group_n = span.block if span.segment.noise == "block" else torch.zeros_like(span.block)
         groups = int(group_n.max()) + 1
-        timesteps = self.config.timesteps.get(span.segment.modality, TimestepConfig())
-        t_g = draw_timesteps(groups, timesteps, generator)
+        t_g = draw_timesteps(groups, self.timesteps(span.segment.modality), generator)
         t_g = round_timesteps(t_g, self.config.round_timesteps)
         unconditional_g = torch.rand(groups, generator=generator) < rate
         known_n = self._known(span, group_n, groups, generator)

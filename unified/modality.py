@@ -212,6 +212,8 @@ class Modality(nn.Module, ABC):
         """The observation of something to continue, not filled up to whole latents."""
         return self.observe(item)
 
+    #: where the logit-normal of training timesteps sits, unless the configuration says
+    timestep_location: float = 0.0
     #: how a beginning is filled up to whole latents; see `pad`
     boundary: Side = "right"
     #: phases that the grouping of observations into latents can have; training draws one of them

@@ -64,7 +64,9 @@ def save_weights(module: nn.Module, folder: Path) -> None:
     save_tensors(named_tensors(module), folder)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int | str = "5GB"
+) -> None:
     """Write `tensors` into `folder`: one file, or shards and their index."""
     from huggingface_hub import save_torch_state_dict
 

@@ -5,10 +5,15 @@ tokens exist: *eos* closes a text, *pad* fills the last block. Their names are t
 official checkpoints, unless a ``tokenizer_config.json`` beside the file says otherwise. They are
 never produced from text: a text that spells ``<|endoftext|>`` is tokenised as those 13 characters.
 The folder that `save` writes is read by transformers' ``AutoTokenizer.from_pretrained`` too.
+
+The official model's vocabulary is OLMo 2's: the 100,256 ranks of cl100k, and 22 special tokens. It is
+read from OLMo 2's own ``tokenizer.json``, or made from tiktoken's rank file of cl100k.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +23,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+#: ranks of cl100k, and the special tokens that OLMo 2 puts after them, in the order of their ids
+CL100K = 100_256
+OLMO2_SPECIAL = (
+    "<|extra_id_0|>", EOS, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+    "|||PHONE_NUMBER|||", "|||EMAIL_ADDRESS|||", "|||IP_ADDRESS|||", "<|im_start|>", "<|im_end|>",
+    *(f"<|extra_id_{i}|>" for i in range(1, 11)), "<|endofprompt|>", PAD,
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -60,11 +73,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a ``tokenizer.json``, or the folder that holds one."""
+        """Read a ``tokenizer.json``, the folder that holds one, or a tiktoken file of cl100k."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"tokenizer {path}: expected a folder with {FILE}, or that file")
+        if not file.read_bytes()[:64].lstrip().startswith(b"{"):
+            return cls(from_ranks(read_ranks(file), file))
         options = file.with_name(CONFIG_FILE)
         named = json.loads(options.read_text("utf-8")) if options.is_file() else {}
         try:
@@ -111,3 +126,39 @@ class Tokenizer:
 def _content(token: str | dict[str, str] | None) -> str | None:
     """A token as ``tokenizer_config.json`` writes it: a string, or an object with its content."""
     return token["content"] if isinstance(token, dict) else token
+
+
+def read_ranks(file: Path) -> dict[bytes, int]:
+    """Token -> rank of a tiktoken file: a token in base64 and its rank on every line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{file} is no tokenizer: it is neither a {FILE} nor a tiktoken file, whose line"
+                f" {number} would be a token in base64 and its rank"
+            ) from None
+    return ranks
+
+
+def from_ranks(ranks: dict[bytes, int], file: Path) -> tokenizers.Tokenizer:
+    """The OLMo 2 tokenizer of cl100k's ranks: merges are recovered from the order of the ranks."""
+    if sorted(ranks.values()) != list(range(CL100K)):
+        raise ValueError(
+            f"{file} has {len(ranks):,} ranks, but only cl100k's are known here: 0 to"
+            f" {CL100K - 1:,}, each once"
+        )
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    class Converter(TikTokenConverter):
+        """Reads `ranks`, where the library would need the package tiktoken to read a file."""
+
+        @staticmethod
+        def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+            del tiktoken_url
+            return ranks
+
+    core: tokenizers.Tokenizer = Converter(extra_special_tokens=list(OLMO2_SPECIAL)).converted()
+    return core

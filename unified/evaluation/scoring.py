@@ -33,7 +33,8 @@ STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|=|:)?\s*[\(\[]?([A-Za-z])
 BRACKETED = re.compile(r"[\(\[]([A-Za-z])[\)\]]")
 SEGMENT = re.compile(r"(?:final\s+)?answer\s*(?:is|=|:)\s*(.+)", re.I)
 PREAMBLE = re.compile(
-    r"^\s*(?:the\s+)?(?:correct\s+)?(?:final\s+)?(?:answer|option|choice)\s*(?:is|:|=)\s*:?\s*", re.I
+    r"^\s*(?:the\s+)?(?:correct\s+)?(?:final\s+)?(?:answer|option|choice)\s*(?:is|:|=)\s*:?\s*",
+    re.I,
 )
 
 

@@ -108,7 +108,8 @@ class JointObjective(Objective):
         self.references = nn.ModuleDict(references or {}).requires_grad_(False)
         self.layouts, self.stage, self.seed = layouts, stage, seed
         self.visibility = Visibility({name: x.sees for name, x in layouts.items()})
-        self.flow = FlowMatching(flow, layouts)
+        locations = {name: m.timestep_location for name, m in modalities.items()}
+        self.flow = FlowMatching(flow, layouts, locations)
         learns = stage.optimizer.vae_lr_ratio > 0
         self.learning = {name for name, x in modalities.items() if learns and not x.frozen}
         for name, modality in modalities.items():
