@@ -23,8 +23,8 @@ LAYERS = [
     {"generate", "likelihood", "data"},
     {"training", "evaluation", "inference", "pipeline"},
     {"official"},
-    {"commands"},
-    {"cli", "show"},
+    {"commands", "show"},
+    {"cli"},
 ]
 
 

@@ -44,6 +44,14 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validated(Config, tree, origin=lambda keys: _origin(origins, keys, str(path)))
 
 
+def parse_settings(settings: Sequence[str]) -> Tree:
+    """``key=value`` pairs as a mapping; values are YAML."""
+    tree: Tree = {}
+    for setting in settings:
+        _override(tree, setting)
+    return tree
+
+
 def dump_config(config: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
     tree = config.model_dump(mode="json")

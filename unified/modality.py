@@ -214,6 +214,8 @@ class Modality(nn.Module, ABC):
 
     #: where the logit-normal of training timesteps sits, unless the configuration says
     timestep_location: float = 0.0
+    #: symbols of an observation (tokens) that one latent stands for
+    symbols: int = 1
     #: how a beginning is filled up to whole latents; see `pad`
     boundary: Side = "right"
     #: phases that the grouping of observations into latents can have; training draws one of them
@@ -228,6 +230,13 @@ class Modality(nn.Module, ABC):
     def realise_all(self, observation: Tensor) -> Any:
         """`realise`, without cutting at an end or leaving anything out."""
         return self.realise(observation)
+
+    #: what `fidelity` measures
+    fidelity_unit: ClassVar[str] = "share of symbols right"
+
+    def fidelity(self, observation: Tensor, back: Tensor) -> float:
+        """How much of an observation its reconstruction `back` gives back."""
+        return float((observation == back).double().mean())
 
     @abstractmethod
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:

@@ -257,6 +257,11 @@ def official_configs(pipeline: UnifiedPipeline) -> tuple[dict[str, Any], dict[st
             f" {prior.multi_stream_depth}"
         )
     modality = pipeline.modalities["text"]
+    if modality.config.log_snr is not None:
+        raise ValueError(
+            "an official Text VAE learns its variances, but this one's log_snr is held at"
+            f" {modality.config.log_snr}"
+        )
     channels = modality.channels
     dit = {
         "dtype": "float32",

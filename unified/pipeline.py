@@ -162,11 +162,8 @@ class UnifiedPipeline:
 
         `density` holds settings of `DensityConfig`. See `unified.likelihood.score`.
         """
-        task = self._task("continuation")
-        target = task.layout[task.generates]
-        modality = self.modalities[target.modality]
-        config = validated(DensityConfig, density)
-        scorer = Scorer(self.prior, modality, task.layout, target.kind, config)
+        scorer = self.scorer(**density)
+        modality = scorer.modality
         given = [None] * len(responses) if prompts is None else list(texts(prompts))
         if len(given) != len(responses):
             raise ValueError(f"{len(given)} prompts for {len(responses)} responses; give one each")
@@ -181,6 +178,14 @@ class UnifiedPipeline:
             )
             for prompt, response in zip(given, texts(responses), strict=True)
         ]
+
+    def scorer(self, **density: Any) -> Scorer:
+        """Densities of texts under the task ``continuation``."""
+        task = self._task("continuation")
+        target = task.layout[task.generates]
+        modality = self.modalities[target.modality]
+        config = validated(DensityConfig, density)
+        return Scorer(self.prior, modality, task.layout, target.kind, config)
 
     def _runner(
         self,

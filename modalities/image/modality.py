@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from unified.evaluation.metrics import psnr
 from unified.layers import wide
 from unified.modalities.image import losses, pixels
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
@@ -174,6 +175,12 @@ class ImageModality(Modality):
 
     def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
         return together(observations, self.grid, self._encode)
+
+    fidelity_unit: ClassVar[str] = "PSNR in dB"
+
+    def fidelity(self, observation: Tensor, back: Tensor) -> float:
+        """At most 99, for images that are equal."""
+        return min(psnr(observation, back, peak=255), 99.0)
 
     def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -43,10 +43,21 @@ class TextConfig(TextVAEConfig):
     mask_weight: float = Field(0.1, ge=0)
     #: share of a text's tokens that the masked-token loss hides
     mask_rate: float = Field(0.15, gt=0, le=1)
+    #: VAE logSNR (eq. 16.2) at which posteriors are held; null lets the encoder learn its variances
+    log_snr: float | None = Field(None, allow_inf_nan=False)
     #: a tokenizer.json, or its folder, to use instead of training one
     tokenizer: str | None = None
     #: longest text, in tokens, eos included
     max_tokens: int = Field(512, gt=0)
+
+    @model_validator(mode="after")
+    def _power_is_known(self) -> TextConfig:
+        if self.log_snr is not None and not self.encoder_last_ln:
+            raise ValueError(
+                "log_snr holds the posteriors' variance relative to means of mean square 1, which"
+                " only encoder_last_ln gives them"
+            )
+        return self
 
 
 class TextModality(Modality):
@@ -141,6 +152,10 @@ class TextModality(Modality):
         return self.config.vocab_size
 
     @property
+    def symbols(self) -> int:  # type: ignore[override]
+        return self.config.patch_size
+
+    @property
     def leads(self) -> int:  # type: ignore[override]
         return self.config.patch_size if self.boundary == "lead" else 1
 
@@ -200,6 +215,8 @@ class TextModality(Modality):
         grids = [self.grid(o) for o in observations]
         lengths_B = torch.tensor([length for (length,) in grids])
         mean_BLC, logvar_BLC = self.network.encoder(ids_BT, lengths_B)
+        if self.config.log_snr is not None:
+            logvar_BLC = torch.full_like(logvar_BLC, -self.config.log_snr)
         mean_BLC = (mean_BLC - self.config.shifting_factor) * self.config.scaling_factor
         logvar_BLC = logvar_BLC + 2 * math.log(self.config.scaling_factor)
         return [
@@ -241,6 +258,13 @@ class TextModality(Modality):
         counts_T = self._is_real(observation) & (torch.arange(len(observation)) >= known)
         masked_T = found_T.masked_fill(~counts_T.to(found_T.device), 0.0)
         return masked_T.unflatten(0, (-1, self.config.patch_size)).sum(1)
+
+    fidelity_unit: ClassVar[str] = "share of tokens right"
+
+    def fidelity(self, observation: Tensor, back: Tensor) -> float:
+        """Of the tokens that are neither pads nor unknown."""
+        real = self._is_real(observation)
+        return float((observation == back)[real].double().mean())
 
     def log_scale(self) -> Tensor:
         return torch.full((self.channels,), math.log(self.config.scaling_factor))

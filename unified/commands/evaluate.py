@@ -9,9 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
+from unified.commands.options import (
+    AsJson,
+    Checkpoint,
+    Settings,
+    Trust,
+    given,
+    open_pipeline,
+)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
 
 
 def _print(found: list[Any], as_json: bool) -> None:
@@ -34,28 +41,24 @@ def answers(
 
 @app.command("run")
 def run(
-    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="A pipeline folder.")],
+    checkpoint: Checkpoint,
     task: Annotated[str, typer.Option(help="E.g. lambada.")],
     file: Annotated[Path, typer.Option(help="Questions: one JSON object a line.")],
+    settings: Settings = None,
     output: Annotated[Path | None, typer.Option(help="Answers; default beside the file.")] = None,
     few_shot: Annotated[Path | None, typer.Option(help="Worked examples, as text.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 20,
     seed: Annotated[int, typer.Option()] = 66,
-    steps: Annotated[int | None, typer.Option(help="ODE steps per block.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: AsJson = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answer a file of questions and score the answers; a stopped run is continued."""
     from unified.evaluation.answering import answer_file
     from unified.evaluation.answers import task_of
-    from unified.pipeline import UnifiedPipeline
 
     task_of(file, task)
-    pipeline = UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-    asked = {"num_steps": steps, "guidance_scale": guidance, "max_new_tokens": max_new_tokens}
+    pipeline = open_pipeline(checkpoint, trust_remote_code)
     found = answer_file(
         pipeline,
         task,
@@ -65,6 +68,6 @@ def run(
         batch_size,
         seed,
         few_shot.read_text("utf-8") if few_shot else "",
-        **{name: value for name, value in asked.items() if value is not None},
+        **given(settings),
     )
     _print([found], as_json)

@@ -35,7 +35,7 @@ TEMPLATES = {
 
 def query(task: str, row: Mapping[str, Any]) -> str:
     """The question of a row with ``question`` (and ``context`` for squad), without examples."""
-    template = TEMPLATES[task]
+    template = TEMPLATES.get(task, Template())
     lines = [str(row["question"])]
     if task == "squad":
         lines = [str(row["context"]), f"Question: {row['question']}"]

@@ -112,8 +112,8 @@ class Scorer:
     def terms(self, ids_T: Tensor, known: int, samples: int, seed: int) -> Terms:
         """The terms of all blocks that reach beyond the first `known` tokens of `ids_T`.
 
-        Samples share the latents' chance by (seed, sample), so a text's terms do not depend on what
-        else is scored.
+        A latent that holds both known tokens and others counts in full. Samples share the latents'
+        chance by (seed, sample), so a text's terms do not depend on what else is scored.
         """
         if samples < 1:
             raise ValueError(f"a score needs at least 1 posterior sample, {samples} were asked for")
@@ -125,9 +125,9 @@ class Scorer:
         z_KLC = torch.stack(
             [posterior.sample(torch.randn(shape, generator=g)).values for g in noise]
         )
-        latents = len(filled_T) // len(z_KLC[0])
-        free_L = torch.arange(shape[0]) >= -(-known // latents)
-        first = -(-known // latents) // self.block
+        held = known // self.modality.symbols
+        free_L = torch.arange(shape[0]) >= held
+        first = held // self.block
         log_q_KL = log_gaussian(posterior, z_KLC) + self._jacobian()
         with torch.no_grad():
             log_x_KL = torch.stack(
@@ -200,7 +200,12 @@ def score(
     estimator: Estimator = "elbo",
     seed: int = 0,
 ) -> Score:
-    """Score the ids of `response` after those of `prompt` (None: from the beginning)."""
+    """Score the ids of `response` after those of `prompt` (None: from the beginning).
+
+    A prompt is filled up to whole latents as generation does, so that none holds parts of both.
+    """
+    if prompt is not None and scorer.modality.boundary == "lead":
+        prompt = scorer.modality.pad(prompt, 1, "lead")
     start = 0 if prompt is None else len(prompt)
     whole = response if prompt is None else torch.cat([prompt, response])
     here = scorer.terms(whole, start, samples, derive(seed, "response"))

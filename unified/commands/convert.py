@@ -1,0 +1,41 @@
+"""``unified convert``: official Cola DLM checkpoints, in and out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unified.commands.options import open_pipeline
+
+app = typer.Typer(no_args_is_help=True, help="Official Cola DLM checkpoints, in and out.")
+
+
+@app.command("official")
+def official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="An official folder, or hub id.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The pipeline folder to write.")],
+) -> None:
+    """Make a pipeline folder of an official checkpoint."""
+    from unified.official import from_official
+
+    pipeline = from_official(source)
+    pipeline.save_pretrained(output)
+    if not pipeline.modalities["text"].has_tokenizer:
+        print(f"{source} has no tokenizer.json: the model works on ids only", file=sys.stderr)
+    print(output)
+
+
+@app.command("to-official")
+def to_official(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="A text-only pipeline folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The official folder to write.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+) -> None:
+    """Write a text-only pipeline in the official format."""
+    from unified.official import to_official
+
+    to_official(open_pipeline(source), output, max_shard_size)
+    print(output)

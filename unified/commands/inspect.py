@@ -1,0 +1,109 @@
+"""``unified inspect``: what can be measured of a model's latent spaces."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from unified.commands.options import (
+    AsJson,
+    Checkpoint,
+    Density,
+    Seed,
+    Trust,
+    given,
+    open_pipeline,
+)
+
+app = typer.Typer(no_args_is_help=True, help="Measure a model's latent spaces.")
+
+Shards = Annotated[list[str], typer.Option(help="Shards with items to look at; repeatable.")]
+ModalityName = Annotated[str, typer.Option(help="Which of the model's modalities.")]
+Limit = Annotated[int, typer.Option(min=1, help="At most this many items.")]
+
+
+def _observed(checkpoint: str, modality: str, shards: list[str], limit: int, trust: bool) -> Any:
+    """(modality, observations of the first `limit` items of `shards`)."""
+    from unified.data.examples import Example
+    from unified.data.shards import read_shards
+    from unified.errors import did_you_mean
+
+    found = open_pipeline(checkpoint, trust).modalities
+    if modality not in found:
+        raise ValueError(f"the model has no modality {modality!r}; {did_you_mean(modality, found)}")
+    examples = [Example(raw, found) for raw in read_shards(shards)[:limit]]
+    return found[modality], [found[modality].observe(e[modality], ends=True) for e in examples]
+
+
+@app.command("logsnr")
+def logsnr(
+    checkpoint: Checkpoint,
+    shards: Shards,
+    modality: ModalityName = "text",
+    limit: Limit = 256,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print the VAE logSNR, in nats: how sharp the posteriors are."""
+    from unified.evaluation.latents import log_snr
+    from unified.evaluation.reconstruction import posteriors
+
+    measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    value = log_snr(posteriors(measured, observations))
+    told = {"modality": modality, "items": len(observations), "log_snr": value}
+    print(json.dumps(told) if as_json else f"{value:.3f} nats over {len(observations)} items")
+
+
+@app.command("noise")
+def noise(
+    checkpoint: Checkpoint,
+    shards: Shards,
+    modality: ModalityName = "text",
+    levels: Annotated[str, typer.Option(help="Timesteps from 0 to 1000, e.g. 0,250,500.")] = "",
+    limit: Limit = 256,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print how much of an item the decoder gives back of its noisy latents, by timestep."""
+    from unified.evaluation.latents import LEVELS, noise_robustness
+
+    try:
+        chosen = [float(part) for part in levels.split(",") if part] or list(LEVELS)
+    except ValueError:
+        raise ValueError(f"--levels should be numbers between commas, found {levels!r}") from None
+    measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    curve = noise_robustness(measured, observations, chosen, seed)
+    if as_json:
+        print(json.dumps([asdict(point) for point in curve], indent=2))
+        return
+    print(f"timestep  {measured.fidelity_unit} (95% interval), {len(observations)} items")
+    for point in curve:
+        f = point.fidelity
+        print(f"{point.timestep:8g}  {f.mean:.4f} ({f.low:.4f} to {f.high:.4f})")
+
+
+@app.command("tokens")
+def tokens(
+    checkpoint: Checkpoint,
+    text: Annotated[str, typer.Option(help="The text that the words stand in.")],
+    word: Annotated[list[str], typer.Option(help="A word to score; repeatable.")],
+    density: Density = None,
+    samples: Annotated[int, typer.Option(help="Posterior samples.")] = 8,
+    judge: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A causal language model's folder.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Print likelihood and generation side by side, token by token."""
+    from unified.evaluation.token_table import Judge, as_table, token_table
+
+    asked = Judge(judge) if judge else None
+    pipeline = open_pipeline(checkpoint, trust_remote_code)
+    rows = token_table(pipeline, text, word, samples, seed, asked, **given(density))
+    print(json.dumps([asdict(r) for r in rows], indent=2) if as_json else as_table(rows))
