@@ -21,11 +21,14 @@ from unified.prior import Prior
 from unified.sampler import Sampler
 from unified.sequence import PackedBatch
 
-#: name -> class in `diffusers.guiders`
-GUIDERS = {
-    "zero_star": "ClassifierFreeZeroStarGuidance",
-    "adaptive_projected": "AdaptiveProjectedGuidance",
-    "tangential": "TangentialClassifierFreeGuidance",
+#: name -> class in `diffusers.guiders`, and its options where the defaults amount to the plain rule
+GUIDERS: dict[str, tuple[str, dict[str, float]]] = {
+    "zero_star": ("ClassifierFreeZeroStarGuidance", {}),
+    "adaptive_projected": (
+        "AdaptiveProjectedGuidance",
+        {"adaptive_projected_guidance_momentum": -0.5, "eta": 0.0},
+    ),
+    "tangential": ("TangentialClassifierFreeGuidance", {}),
 }
 
 
@@ -33,7 +36,8 @@ def guider(sampler: Sampler) -> Any:
     """A fresh guider of diffusers."""
     from diffusers import guiders
 
-    return getattr(guiders, GUIDERS[sampler.guider])(guidance_scale=sampler.guidance_scale)
+    name, options = GUIDERS[sampler.guider]
+    return getattr(guiders, name)(guidance_scale=sampler.guidance_scale, **options)
 
 
 class GuidedVelocity:

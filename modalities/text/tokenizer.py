@@ -6,8 +6,8 @@ official checkpoints, unless a ``tokenizer_config.json`` beside the file says ot
 never produced from text: a text that spells ``<|endoftext|>`` is tokenised as those 13 characters.
 The folder that `save` writes is read by transformers' ``AutoTokenizer.from_pretrained`` too.
 
-The official model's vocabulary is OLMo 2's: the 100,256 ranks of cl100k, and 22 special tokens. It is
-read from OLMo 2's own ``tokenizer.json``, or made from tiktoken's rank file of cl100k.
+The official model's vocabulary is OLMo 2's: the 100,256 ranks of cl100k, and 22 special tokens. It
+is read from OLMo 2's own ``tokenizer.json``, or made from tiktoken's rank file of cl100k.
 """
 
 from __future__ import annotations

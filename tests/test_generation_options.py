@@ -1,0 +1,296 @@
+"""What generation can be told: each option does what it says, and differs from its default."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import toys
+from torch import Tensor
+
+from unified.generate import Generator, Request
+from unified.inference import Inference, Wish
+from unified.modalities.text.decoding import choose, probabilities
+from unified.modality import Choice, Latent
+from unified.pipeline import UnifiedPipeline
+from unified.randomness import generator
+from unified.sampler import Sampler
+from unified.solvers import integrate, renoise, repaint, schedule
+
+BLOCK = 4
+PROMPT = Latent(torch.randn(6, 3, generator=generator(0), dtype=torch.float64), (6,))
+
+
+def made(sampler: Sampler, given: Latent | None = PROMPT, seed: int = 1) -> Tensor:
+    """A continuation of 6 known latents (one whole block and half of the next) to 12."""
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    request = Request({} if given is None else {"C": given}, (12,), seed)
+    return maker.run("continuation", "C", [request], sampler)[0].values
+
+
+# ---- solvers and their steps --------------------------------------------------------------------
+
+
+def test_the_multistep_solver_is_of_second_order() -> None:
+    def error(steps: int) -> float:
+        z = integrate(lambda z, t: z * t, torch.ones(1, dtype=torch.float64), steps, "ab2")
+        return abs(float(z) - math.exp(-0.5))
+
+    assert 3.5 < error(32) / error(64) < 4.5
+    assert error(64) < 1e-4
+
+
+def test_a_time_shift_spends_steps_on_noise() -> None:
+    even, shifted = (schedule(8, torch.zeros(1), s) for s in (1.0, 3.0))
+    torch.testing.assert_close(even, torch.linspace(1, 0, 9))
+    torch.testing.assert_close(shifted, 3 * even / (1 + 2 * even))
+    assert (shifted[1:-1] > even[1:-1]).all()
+    assert (float(shifted[0]), float(shifted[-1])) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"solver": "heun"},
+        {"solver": "ab2"},
+        {"time_shift": 3.0},
+        {"num_steps": 5},
+        {"round_timesteps": "bfloat16"},
+        {"guidance_scale": 3.0},
+        {"guidance_interval": (0.5, 1.0)},
+        {"guider": "zero_star"},
+        {"guider": "adaptive_projected"},
+        {"guider": "tangential"},
+        {"first_block": "partial"},
+    ],
+)
+def test_an_option_changes_the_latents(change: dict[str, Any]) -> None:
+    base = {"num_steps": 4, "guidance_scale": 2.0}
+    plain, other = made(Sampler(**base)), made(Sampler(**(base | change)))
+    assert other.shape == plain.shape
+    assert not torch.allclose(other, plain, atol=1e-6)
+
+
+# ---- guidance -----------------------------------------------------------------------------------
+
+
+def test_outside_its_interval_guidance_costs_nothing() -> None:
+    """At t = 1, 0.75, 0.5 and 0.25: guided in [0.5, 0.8] only."""
+    model, widths = toys.prior(), []
+    model.blocks[0].register_forward_hook(lambda _, args, __: widths.append(args[1].shape[1]))
+    request = Request({}, (BLOCK,), 0)
+    sampler = Sampler(4, 2.0, guidance_interval=(0.5, 0.8))
+    Generator(model, toys.layouts(BLOCK)).run("continuation", "C", [request], sampler)
+    assert widths == [BLOCK, 2 * BLOCK, 2 * BLOCK, BLOCK]
+
+
+def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
+    """Its first step is left out (velocity 0); then ``s u + g (c - s u)``, s = <c, u> / <u, u>."""
+    model = toys.prior()
+    layouts = toys.layouts(BLOCK)
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
+    request = Request({}, (BLOCK,), 0)
+    sampler = Sampler(num_steps=20, guidance_scale=2.0, guider="zero_star")
+    noise = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    z = Generator(model, layouts).run("continuation", "C", [request], sampler)[0].values
+    by_hand = noise
+    for step, v in enumerate(seen):
+        c, u = v.split(BLOCK)
+        s = (c * u).sum() / (u * u).sum()
+        guided = torch.zeros_like(c) if step == 0 else s * u + 2.0 * (c - s * u)
+        by_hand = by_hand - guided / 20
+    torch.testing.assert_close(z, by_hand, atol=1e-6, rtol=0)
+
+
+# ---- the first block ----------------------------------------------------------------------------
+
+
+def noises() -> Iterator[Tensor]:
+    rng = generator(2)
+    while True:
+        yield torch.randn(4, 1, generator=rng, dtype=torch.float64)
+
+
+WHERE = torch.tensor([[True], [True], [False], [False]])
+KNOWN = torch.tensor([[1.0], [-2.0], [0.0], [0.0]], dtype=torch.float64)
+
+
+def pulled(z: Tensor, t: Tensor) -> Tensor:
+    """The velocity of data that are all 3."""
+    return (z - 3) / t.clamp(min=1e-3)
+
+
+def test_partial_repaint_holds_known_positions_only_while_it_guides() -> None:
+    def run(share: float, times: int = 1) -> Tensor:
+        return repaint(pulled, KNOWN, WHERE, noises(), 10, "euler", 1.0, share, times)
+
+    free, guided = run(0.0), run(1.0)
+    torch.testing.assert_close(free, torch.full_like(free, 3.0), atol=1e-6, rtol=0)
+    # in the last step the known part is on its path at t = 0.1, and one step goes all the way
+    torch.testing.assert_close(guided[2:], free[2:], atol=1e-6, rtol=0)
+    assert not torch.allclose(repaint(lambda z, t: z * 0, KNOWN, WHERE, noises(), 10, "euler", 1.0,
+                                      1.0, 1)[:2], free[:2])  # fmt: skip
+    calls = {"n": 0}
+
+    def counted(z: Tensor, t: Tensor) -> Tensor:
+        calls["n"] += 1
+        return pulled(z, t)
+
+    repaint(counted, KNOWN, WHERE, noises(), 10, "euler", 1.0, 0.3, 3)
+    assert calls["n"] == 3 * 3 + 7
+
+
+def test_renoising_keeps_the_path() -> None:
+    """z_t = (1 - t) z_0 + t eps taken to a noisier t has that t's mean and variance."""
+    rng = generator(0)
+    eps, fresh = (torch.randn(200_000, generator=rng, dtype=torch.float64) for _ in range(2))
+    t, later = torch.tensor(0.3), torch.tensor(0.6)
+    z = renoise((1 - t) * 2.0 + t * eps, fresh, t, later)
+    assert float(z.mean()) == pytest.approx(float((1 - later) * 2.0), abs=0.01)
+    assert float(z.std()) == pytest.approx(float(later), abs=0.01)
+
+
+def test_clean_repaint_keeps_the_prompt_and_partial_lets_it_move() -> None:
+    clean, partial = (made(Sampler(4, 1.0, first_block=x)) for x in ("clean", "partial"))
+    assert clean[:6].equal(PROMPT.values)
+    assert partial[:4].equal(PROMPT.values[:4])
+    assert not torch.allclose(partial[4:6], PROMPT.values[4:6], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def model() -> UnifiedPipeline:
+    pipeline = tiny.pipeline()
+    for module in pipeline.modules.values():
+        tiny.randomise(module)
+    return pipeline
+
+
+def request(model: UnifiedPipeline, prompt: str, **settings: Any) -> Request:
+    """What the generator is asked, to continue `prompt` by 8 tokens."""
+    seen: list[Request] = []
+    chosen = model.config.generation.model_copy(update=settings)
+    runner = Inference(model.modalities, model.tasks, model.prior, "continuation")
+    stream = runner.generator.stream
+
+    def recorded(task: str, target: str, requests: Any, *rest: Any) -> Any:
+        seen.extend(requests)
+        return stream(task, target, requests, *rest)
+
+    runner.generator.stream = recorded  # type: ignore[method-assign]
+    runner.run([Wish({"C": prompt}, 8)], chosen, 0)
+    return seen[0]
+
+
+def test_padding_fills_the_prompt_up_to_whole_blocks(model: UnifiedPipeline) -> None:
+    text: Any = model.modalities["text"]
+    prompt = next(p for p in ("a big g", "a big gr") if len(text.beginning(p)) % 4)
+    length = len(text.beginning(prompt))
+    up = -(-length // 4) * 4
+
+    def sizes(strategy: str) -> tuple[int, int]:
+        asked = request(model, prompt, first_block=strategy)
+        return len(asked.given["C"].values), asked.grid[0]
+
+    for strategy in ("clean", "partial"):
+        assert sizes(strategy) == (length, -(-(length + 8) // 4) * 4)
+    for strategy in ("left", "right"):
+        assert sizes(strategy) == (up, up + 8)
+    (mean,) = text.encode([text.pad(text.beginning(prompt), 4, "left")])
+    assert request(model, prompt, first_block="left").given["C"].values.equal(mean.mean_LC)
+
+
+def test_the_prompt_can_be_a_sample_of_its_posterior(model: UnifiedPipeline) -> None:
+    text: Any = model.modalities["text"]
+    (posterior,) = text.encode([text.beginning("a big green")])
+    mean, one, two = (
+        request(model, "a big green", prefix=p).given["C"].values
+        for p in ("mean", "sample", "sample")
+    )
+    assert mean.equal(posterior.mean_LC)
+    assert one.equal(two)
+    error = (one - mean) / (0.5 * posterior.logvar_LC).exp()
+    assert 0.3 < float(error.detach().square().mean()) < 2.5
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
+NOTHING = torch.zeros(0, dtype=torch.int64)
+
+
+def shares(choice: Choice, draws: int = 4000) -> Tensor:
+    rng = generator(5)
+    rows = LOGITS.expand(draws, -1)
+    return torch.bincount(choose(rows, NOTHING, choice, rng), minlength=5) / draws
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        (Choice(temperature=1.0), 5),
+        (Choice(temperature=1.0, top_k=2), 2),
+        (Choice(temperature=1.0, top_p=0.5), 1),
+        (Choice(temperature=1.0, top_p=0.7), 2),
+        (Choice(temperature=0.5, top_k=3), 3),
+    ],
+)
+def test_tokens_are_drawn_from_what_is_kept(choice: Choice, kept: int) -> None:
+    wanted = (LOGITS[0, :kept] / choice.temperature).softmax(-1)
+    torch.testing.assert_close(probabilities(LOGITS, choice)[0, :kept], wanted)
+    found = shares(choice)
+    assert int((found[kept:] > 0).sum()) == 0 if kept < 5 else True
+    torch.testing.assert_close(found[:kept], wanted, atol=0.03, rtol=0)
+
+
+def test_a_penalty_makes_what_was_said_less_likely() -> None:
+    said = torch.tensor([0, 3, 3])
+    assert int(choose(LOGITS, NOTHING, Choice(), None)) == 0
+    assert int(choose(LOGITS, said, Choice(repetition_penalty=2.5), None)) == 1
+    cold = Choice(temperature=1.0, repetition_penalty=2.0)
+    rng = generator(0)
+    drawn = choose(LOGITS.expand(4000, -1), said, cold, rng)
+    lowered = torch.tensor([1.0, 1.0, 0.5, -2.0, -3.0]).softmax(-1)
+    found = torch.bincount(drawn, minlength=5) / 4000
+    torch.testing.assert_close(found, lowered, atol=0.03, rtol=0)
+
+
+def test_texts_differ_by_temperature_and_repeat_by_seed(model: UnifiedPipeline) -> None:
+    prompts = ["a big", "a small red", "a"]
+
+    def said(**settings: Any) -> list[str]:
+        return model.continue_text(prompts, max_new_tokens=12, **settings)
+
+    warm = said(seed=[1, 2, 3], temperature=1.0)
+    assert warm == said(seed=[1, 2, 3], temperature=1.0)
+    assert warm != said(seed=[1, 2, 3])
+    alone = [model.continue_text([p], max_new_tokens=12, seed=[i + 1], temperature=1.0)[0]
+             for i, p in enumerate(prompts)]  # fmt: skip
+    assert warm == alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"time_shift": 0.0}, "time_shift is 0.0"),
+        ({"guidance_interval": (0.8, 0.2)}, "first <= second <= 1, found 0.8, 0.2"),
+        ({"guider": "cgf"}, "guider is 'cgf'"),
+        ({"first_block": "centre"}, "first_block is 'centre'"),
+        ({"repaint_times": 0}, "repaint_times is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"temprature": 1.0}, "did you mean temperature"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(
+    model: UnifiedPipeline, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        model.continue_text(["a"], **settings)
