@@ -260,9 +260,13 @@ class Numbers:
 
     def __init__(self, size: int, pad_id: int, eos_id: int | None):
         self.size, self.pad_id, self.eos_id = size, pad_id, -1 if eos_id is None else eos_id
+        self.end_ids = {self.eos_id}
 
     def __len__(self) -> int:
         return self.size
+
+    def special_only(self, text: str) -> bool:
+        return False
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

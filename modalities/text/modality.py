@@ -138,6 +138,10 @@ class TextModality(Modality):
 
     def beginning(self, item: str) -> Tensor:
         _check(item)
+        if self.tokenizer.special_only(item):
+            raise ValueError(
+                f"a text to go on with needs words, but {item!r} spells special tokens and no more"
+            )
         return torch.tensor(self.tokenizer.encode(item), dtype=torch.int64)
 
     def pad(self, observation: Tensor, block: int, side: Side) -> Tensor:
@@ -196,7 +200,7 @@ class TextModality(Modality):
         return ids_T[start : start + tokens]
 
     def has_ended(self, observation: Tensor) -> bool:
-        return bool((observation == self.tokenizer.eos_id).any())
+        return any(i in self.tokenizer.end_ids for i in observation.tolist())
 
     def grid_for(self, size: int | None) -> tuple[int, ...]:
         """Latents of `size` tokens, rounded up to whole patches; by default `max_tokens`."""

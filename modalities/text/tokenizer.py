@@ -16,19 +16,22 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
+#: where a vocabulary has it, it ends a text too (the turns of OLMo 2's chat format)
+IM_END = "<|im_end|>"
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 #: ranks of cl100k, and the special tokens that OLMo 2 puts after them, in the order of their ids
 CL100K = 100_256
 OLMO2_SPECIAL = (
     "<|extra_id_0|>", EOS, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
-    "|||PHONE_NUMBER|||", "|||EMAIL_ADDRESS|||", "|||IP_ADDRESS|||", "<|im_start|>", "<|im_end|>",
+    "|||PHONE_NUMBER|||", "|||EMAIL_ADDRESS|||", "|||IP_ADDRESS|||", "<|im_start|>", IM_END,
     *(f"<|extra_id_{i}|>" for i in range(1, 11)), "<|endofprompt|>", PAD,
 )  # fmt: skip
 
@@ -39,6 +42,7 @@ class Tokenizer:
     def __init__(self, core: tokenizers.Tokenizer, pad: str = PAD, eos: str = EOS):
         self.core, self.pad, self.eos = core, pad, eos
         self.pad_id, self.eos_id = self._special("pad", pad), self._special("eos", eos)
+        self.end_ids = {self.eos_id, core.token_to_id(IM_END)} - {None}
         core.encode_special_tokens = True
 
     def _special(self, role: str, token: str) -> int:
@@ -113,10 +117,16 @@ class Tokenizer:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, up to the first eos; pads are dropped."""
-        ids = list(ids)
-        end = ids.index(self.eos_id) if self.eos_id in ids else len(ids)
-        return self.core.decode([i for i in ids[:end] if i != self.pad_id])
+        """The text of `ids`, up to the first that ends it; pads are dropped."""
+        ids = list(takewhile(lambda i: i not in self.end_ids, ids))
+        return self.core.decode([i for i in ids if i != self.pad_id])
+
+    def special_only(self, text: str) -> bool:
+        """Whether `text` spells special tokens and says nothing else."""
+        left = text
+        for token in self.core.get_added_tokens_decoder().values():
+            left = left.replace(token.content, "")
+        return left != text and not left.strip()
 
     def decode_all(self, ids: Sequence[int]) -> str:
         """The text of all `ids`, special tokens spelt out."""
