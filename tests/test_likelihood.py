@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import scripts
 import tiny
 import torch
 from torch import Tensor
@@ -17,25 +18,12 @@ from unified.likelihood.score import Scorer
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
 
-MEAN = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
-FACTOR = torch.tensor([[0.8, 0.0, 0.0], [0.3, 0.5, 0.0], [-0.2, 0.1, 1.2]], dtype=torch.float64)
-COVARIANCE = FACTOR @ FACTOR.T
-
-
-def linear(z: Tensor, t: Tensor) -> Tensor:
-    """The velocity whose marginals are those of ``(1 - t) z0 + t eps``, z0 ~ N(MEAN, COVARIANCE).
-
-    ``E[eps - z0 | z_t] = -m + (t I - (1 - t) S) (t^2 I + (1 - t)^2 S)^-1 (z_t - (1 - t) m)``.
-    """
-    eye = torch.eye(3, dtype=z.dtype)
-    gain = (t * eye - (1 - t) * COVARIANCE) @ torch.linalg.inv(
-        t**2 * eye + (1 - t) ** 2 * COVARIANCE
-    )
-    return -MEAN + (z - (1 - t) * MEAN) @ gain.T
+toy = scripts.load("likelihood")
+MEAN, FACTOR, linear = toy.MEAN, toy.FACTOR, toy.velocity
 
 
 def gaussian(z: Tensor) -> Tensor:
-    return torch.distributions.MultivariateNormal(MEAN, COVARIANCE).log_prob(z)
+    return torch.distributions.MultivariateNormal(MEAN, toy.COVARIANCE).log_prob(z)
 
 
 def points(count: int = 4) -> Tensor:
@@ -142,15 +130,20 @@ def test_the_bounds_rise_to_the_exact_likelihood(x: int) -> None:
     assert abs(everything.value - exact) < 4 * everything.standard_error
 
 
-def test_noise_in_the_exponent_raises_iwae_and_not_elbo() -> None:
-    """Noise of variance s^2 in log w raises IWAE by s^2 / 2 as K grows: above the exact value."""
-    log_w = log_weights(0, 40_000, DensityConfig(trace="exact", num_steps=8))
-    noise = 0.8 * torch.randn(log_w.shape, generator=generator(9), dtype=torch.float64)
-    clean, noisy = estimate(log_w, "iwae"), estimate(log_w + noise, "iwae")
-    assert noisy.value - clean.value == pytest.approx(0.8**2 / 2, abs=0.05)
-    assert noisy.value > exact_log_likelihood(0) + 5 * noisy.standard_error
-    means = [estimate(w, "elbo") for w in (log_w, log_w + noise)]
-    assert abs(means[0].value - means[1].value) < 4 * means[1].standard_error
+def test_hutchinson_raises_iwae_above_the_truth_and_not_elbo() -> None:
+    """Its noise in log w is averaged after the exponential: by 0.17 nats here at K = 64."""
+    truth = toy.exact()
+    plain, noisy = (
+        toy.log_weights(16_384, DensityConfig(num_steps=12, **options))
+        for options in ({"trace": "exact"}, {"probes": "rademacher"})
+    )
+    bounds = {n: toy.averaged(w, 64, "iwae") for n, w in (("plain", plain), ("noisy", noisy))}
+    assert abs(bounds["plain"][0] - truth) < 4 * bounds["plain"][1]
+    assert bounds["noisy"][0] > truth + 5 * bounds["noisy"][1]
+    assert bounds["noisy"][0] - bounds["plain"][0] == pytest.approx(0.165, abs=0.04)
+    means = [toy.averaged(w, 64, "elbo") for w in (plain, noisy)]
+    assert abs(means[0][0] - means[1][0]) < 4 * means[1][1]
+    assert means[1][0] < truth - 0.3
 
 
 @pytest.mark.parametrize(
@@ -204,13 +197,16 @@ def test_a_score_is_a_function_of_its_seed_and_text(model: UnifiedPipeline) -> N
 
 def test_a_later_block_does_not_change_the_ones_before(model: UnifiedPipeline) -> None:
     """The factorisation is block-causal: cutting the text off leaves earlier terms as they were."""
-    text = ids(model, "a big green square and more")
+    text = ids(model, "a big green square and a small one, more or less, beside it")[:16]
     ahead = scorer(model, trace="exact").terms(text, 0, 2, 0)
     cut = scorer(model, trace="exact").terms(text[:8], 0, 2, 0)
-    for name in ("prior", "decoder"):
-        whole, part = getattr(ahead, name), getattr(cut, name)
-        assert whole.shape[1] > part.shape[1]
-    torch.testing.assert_close(ahead.prior.isfinite(), torch.ones_like(ahead.prior).bool())
+    assert ahead.prior.shape == (2, 4)
+    for name in ("prior", "posterior", "decoder"):
+        torch.testing.assert_close(getattr(ahead, name)[:, :2], getattr(cut, name))
+    other = text.clone()
+    other[:4] = text[4:8]  # another beginning
+    changed = scorer(model, trace="exact").terms(other, 0, 2, 0)
+    assert not torch.allclose(changed.prior[:, 2], ahead.prior[:, 2])
 
 
 def test_a_prompt_inside_a_block_is_a_condition(model: UnifiedPipeline) -> None:

@@ -1,4 +1,4 @@
-"""Official checkpoints as files: there and back from the command line, and what is wrong with one."""
+"""Official checkpoints as files: there and back by command, and what is wrong with one."""
 
 from __future__ import annotations
 
@@ -107,7 +107,10 @@ def large_vocabulary(folder: Path) -> None:
         (cut, "cola_vae/model.safetensors is not a whole safetensors file"),
         (garbage, "cola_dit/model.safetensors is not a whole safetensors file"),
         (tensors(VAE, lambda t: t.pop("encoder.wte.weight")), "lacks tensor encoder.wte.weight"),
-        (tensors(DIT, lambda t: t.update(new=t["txt_in.proj.bias"] * 1)), "has tensor new, unknown"),
+        (
+            tensors(DIT, lambda t: t.update(new=t["txt_in.proj.bias"] * 1)),
+            "has tensor new",
+        ),
         (
             tensors(DIT, lambda t: t.update({"txt_in.proj.bias": torch.zeros(3)})),
             r"has shape \[3\], but the model needs \[16\]",
