@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from unified.layers import wide
 from unified.modalities.text.layers import KVCache
@@ -80,7 +79,8 @@ class TextDecoding(Decoding):
         starts: Sequence[int],
         block: int,
     ):
-        self.modality, self.choice, self.starts = modality, choice, list(starts)
+        super().__init__(modality)
+        self.text, self.choice = modality, choice
         self.cache = None if block % modality.config.block_size else KVCache()
         self.rows = list(range(len(seeds)))
         self.rngs = [generator(seed, "tokens") for seed in seeds]
@@ -100,17 +100,17 @@ class TextDecoding(Decoding):
 
     def _new_logits(self, ids: Sequence[int], latents: Sequence[Latent]) -> list[Tensor]:
         """Logits [T, V] of each text's latents that were not decoded before."""
-        patch = self.modality.config.patch_size
+        patch = self.text.config.patch_size
         done = [len(self.tokens[i]) // patch for i in ids]
         if self.cache is None:
-            logits_BTV = self.modality.logits(latents)
+            logits_BTV = self.text.logits(latents)
             rows = zip(logits_BTV, done, latents, strict=True)
             return [row[n * patch : len(z.values) * patch] for row, n, z in rows]
         if list(ids) != self.rows:
             self.cache.keep_rows([self.rows.index(i) for i in ids])
             self.rows = list(ids)
-        decoder = self.modality.network.decoder
-        new = [z.values[n:].to(decoder.in_layer.weight) for z, n in zip(latents, done, strict=True)]
-        lengths_B = torch.tensor([len(z) for z in new])
-        logits_BTV = decoder(pad_sequence(new, batch_first=True), self.cache, lengths_B)
-        return [row[: len(z) * patch] for row, z in zip(logits_BTV, new, strict=True)]
+        new = [
+            Latent(z.values[n:], (len(z.values) - n,)) for z, n in zip(latents, done, strict=True)
+        ]
+        logits_BTV = self.text.logits(new, self.cache)
+        return [row[: len(z.values) * patch] for row, z in zip(logits_BTV, new, strict=True)]

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from unified.errors import validated
 from unified.layers import wide
 from unified.modalities.text.decoding import TextDecoding
+from unified.modalities.text.layers import KVCache
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
@@ -228,12 +229,13 @@ class TextModality(Modality):
             for mean_LC, logvar_LC, grid in zip(mean_BLC, logvar_BLC, grids, strict=True)
         ]
 
-    def logits(self, latents: Sequence[Latent]) -> Tensor:
-        """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest."""
+    def logits(self, latents: Sequence[Latent], cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest; with a
+        `cache`, they continue the latents that it holds."""
         lengths_B = torch.tensor([len(z.values) for z in latents])
         z_BLC = pad_sequence([z.values for z in latents], batch_first=True)
         decoder = self.network.decoder
-        return decoder(z_BLC.to(decoder.in_layer.weight), lengths_B=lengths_B)
+        return decoder(z_BLC.to(decoder.in_layer.weight), cache, lengths_B)
 
     def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
         ids_BT = self.logits(latents).argmax(-1).cpu()

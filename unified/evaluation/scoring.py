@@ -76,10 +76,10 @@ def official(task: str, answer: str, truth: str, choices: Sequence[str] = ()) ->
         return Verdict(said == wanted, said, similarity(said, wanted))
     score = similarity(answer, truth)
     if kind == "choice" and choices:
-        said, wanted = as_letter(answer, choices), as_letter(truth, choices)
-        if said is not None and said == wanted:
-            return Verdict(True, said, 1.0)
-        return Verdict(score >= 1, said or "", score)
+        letter = as_letter(answer, choices)
+        if letter is not None and letter == as_letter(truth, choices):
+            return Verdict(True, letter, 1.0)
+        return Verdict(score >= 1, letter or "", score)
     return Verdict(score >= 1, None, score)
 
 

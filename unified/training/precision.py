@@ -22,7 +22,7 @@ def current_device() -> torch.device:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether `device` computes in bfloat16 itself."""
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         return any(found.get(name, False) for name in CPU_BFLOAT16)
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     return True if supported is None else bool(supported())

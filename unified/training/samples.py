@@ -14,10 +14,11 @@ from torch import Tensor
 
 from unified.config import GenerationConfig
 from unified.data.streams import Prepared
-from unified.generate import Generator, Request, Sampler
+from unified.generate import Generator, Request
 from unified.modality import Latent, Modality
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
+from unified.sampler import Sampler
 from unified.sequence import Layout
 
 #: examples of each stream
