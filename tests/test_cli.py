@@ -119,6 +119,18 @@ def test_show_model_counts_without_allocating(config, capsys):
     assert f"{small['total']:,}" in run(capsys, "show", "model", config)
 
 
+def test_show_model_counts_the_official_models(capsys):
+    found = json.loads(run(capsys, "show", "model", "cola-2b.yaml", "--json"))["modules"]
+    assert {name: part["parameters"] for name, part in found.items()} == {
+        "text": 501_871_574,
+        "prior": 1_829_875_728,
+    }
+    assert found["text"]["embedding"] == 308_054_016
+    printed = run(capsys, "show", "model", "cola-2b.yaml")
+    for number in ("308,054,016", "501,871,574", "1,829,875,728"):
+        assert number in printed
+
+
 def test_show_model_counts_what_the_model_has(config, capsys):
     from unified.configuring import load_config
     from unified.plugins import modality_plugins

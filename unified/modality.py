@@ -130,6 +130,11 @@ class Modality(nn.Module, ABC):
         """True for an autoencoder that no joint stage should train (a pretrained codec)."""
         return False
 
+    @property
+    def embedding_parameters(self) -> int:
+        """How many of its parameters are tables of symbols, in and out (text: its vocabulary)."""
+        return 0
+
     # ---- items and observations: no network involved ------------------------------------------
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,16 +51,29 @@ def show_task(
     return f"{draw(kinds, visible)}\n\nblock of each position (last digit)\n{numbers}"
 
 
-def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, dict[str, int]]:
-    """Module -> its parts -> number of parameters, without allocating any of them."""
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters of one module: of its parts, and how many are tables of symbols."""
+
+    parts: dict[str, int]
+    embedding: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, Counts]:
+    """Module -> its counts, without allocating any parameter."""
     with torch.device("meta"):
-        modules: dict[str, nn.Module] = {
+        modalities = {
             name: cls.build(options, None)
             for name, (cls, options) in modality_plugins(config, trust_remote_code).items()
         }
-        channels = {name: int(module.channels) for name, module in modules.items()}  # type: ignore[arg-type]
-        modules["prior"] = Prior(config.prior, channels=channels)
-    return {name: _parts(module) for name, module in modules.items()}
+        channels = {name: modality.channels for name, modality in modalities.items()}
+        prior = Prior(config.prior, channels=channels)
+    counts = {n: Counts(_parts(m), m.embedding_parameters) for n, m in modalities.items()}
+    return counts | {"prior": Counts(_parts(prior))}
 
 
 def _parts(module: nn.Module) -> dict[str, int]:
@@ -80,17 +93,20 @@ def _parts(module: nn.Module) -> dict[str, int]:
     return parts
 
 
-def show_model(counts: dict[str, dict[str, int]], as_json: bool = False) -> str:
+def show_model(counts: dict[str, Counts], as_json: bool = False) -> str:
     """The counts as a table, or as JSON ``{"modules": {...}, "total": n}``."""
-    totals = {name: sum(parts.values()) for name, parts in counts.items()}
-    total = sum(totals.values())
+    total = sum(c.total for c in counts.values())
     if as_json:
-        modules = {n: {"parameters": totals[n], "parts": counts[n]} for n in counts}
+        modules = {
+            name: {"parameters": c.total, "embedding": c.embedding, "parts": c.parts}
+            for name, c in counts.items()
+        }
         return json.dumps({"modules": modules, "total": total}, indent=2)
     rows = []
-    for name, parts in counts.items():
-        rows.append((name, totals[name]))
-        rows += [(f"  {part}", count) for part, count in parts.items()]
+    for name, c in counts.items():
+        rows.append((name, c.total))
+        rows += [(f"  {part}", count) for part, count in c.parts.items()]
+        rows += [("  of which embedding", c.embedding)] if c.embedding else []
     rows.append(("total", total))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {count:>18,}" for name, count in rows)

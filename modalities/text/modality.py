@@ -83,6 +83,11 @@ class TextModality(Modality):
         return self.config.latent_dim
 
     @property
+    def embedding_parameters(self) -> int:
+        """Rows of the vocabulary in and out; the mask token's row is extra."""
+        return 2 * self.config.vocab_size * self.config.dim
+
+    @property
     def timestep_location(self) -> float:  # type: ignore[override]
         """Wider latents keep their meaning under more noise (paper 4.2, figure 2)."""
         return location_by_width(self.channels)
