@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "p2-leads": {"patch_size": 2, "boundary": "lead"},
 }
 #: tokens of a block, of a training passage, and of the shortest prompt
-BLOCK, PASSAGE, SHORTEST = 4, 64, 24
+BLOCK, PASSAGE, SHORTEST = 2, 64, 24
 
 
 def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
@@ -43,7 +43,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
             "run": {"dir": str(out / variant)},
             "modalities": {
                 "text": {
-                    "type": "text", "vocab_size": 1024, "dim": 128, "ffn_dim": 384, "num_heads": 2,
+                    "type": "text", "vocab_size": 2048, "dim": 128, "ffn_dim": 384, "num_heads": 2,
                     "encoder_num_blocks": 1, "decoder_num_blocks": 1, "latent_dim": 16,
                     "max_tokens": 2048, "beta": 1e-3, **VARIANTS[variant],
                 },
@@ -60,7 +60,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
             "data": {
                 "sources": {"prose": {s: [PROSE.format(s)] for s in ("train", "val")}},
             },
-            "flow": {"timesteps": {"text": {"loc": 1.0, "scale": 1.0}}, "clean_prefix_rate": 0.3},
+            "flow": {"timesteps": {"text": {"loc": 2.0, "scale": 1.5}}, "clean_prefix_rate": 0.3},
             "training": {"trackers": [], "save_every": 200, "validate_every": 400},
             "stages": [
                 {
@@ -69,7 +69,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
                 },
                 {
                     "name": "joint", "objective": "joint", "steps": steps, "posterior": "mean",
-                    "batch_size": 32, "row_length": 2 * PASSAGE // patch,
+                    "batch_size": 16, "row_length": 2 * PASSAGE // patch,
                     "optimizer": {"lr": 2e-3, "warmup_steps": 50},
                 },
             ],
