@@ -9,6 +9,7 @@ from typing import Any
 
 import golden
 import pytest
+import tiny
 
 from unified import cli
 from unified.evaluation.answering import answer_file
@@ -166,3 +167,34 @@ def test_a_prompt_is_made_of_a_question() -> None:
     )
     kept = {"few_shot_prefix": "Before. ", "prompt": "Asked?"}
     assert prompt("obqa", kept) == "Before. Asked?"
+
+
+def test_eval_run_answers_with_a_model(tmp_path: Path, capsys: Any) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    questions = write(
+        tmp_path / "questions.jsonl",
+        *({"id": i, "question": f"a big {i}", "answer": "red"} for i in range(3)),
+    )
+    given = ["eval", "run", "--checkpoint", str(tmp_path / "model"), "--task", "lambada"]
+    given += ["--file", str(questions), "--limit", "2", "num_steps=2", "max_new_tokens=4"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(given)
+    told = capsys.readouterr()
+    assert end.value.code == 0, told.err
+    assert "lambada" in told.out
+    answers = tmp_path / "questions.answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["id"] for row in rows] == [0, 1]
+    assert set(rows[0]) == {"id", "prompt", "generate", "others", "ground_truth"}
+    with pytest.raises(SystemExit) as end:
+        cli.main([*given[:-2], "num_steps=3", "max_new_tokens=4"])
+    assert end.value.code == 2
+    assert "was begun with num_steps 2, not 3; give another --output" in capsys.readouterr().err
+    for wrong, says in (
+        ("num_stps=2", "did you mean num_steps"),
+        ("num_steps=0", "num_steps is 0"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*given[:-2], wrong, "--output", str(tmp_path / "other")])
+        assert end.value.code == 2
+        assert says in capsys.readouterr().err

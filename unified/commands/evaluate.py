@@ -68,6 +68,7 @@ def run(
         batch_size,
         seed,
         few_shot.read_text("utf-8") if few_shot else "",
+        checkpoint,
         **given(settings),
     )
     _print([found], as_json)

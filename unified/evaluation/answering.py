@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from unified.evaluation.answers import Accuracy, read_rows, score_rows, task_of
 from unified.evaluation.prompts import prompt, truth
 from unified.evaluation.scoring import cut
+from unified.pipeline import read_json, write_json
 
 if TYPE_CHECKING:
     from unified.pipeline import UnifiedPipeline
@@ -33,12 +34,14 @@ def answer_file(
     batch_size: int = 20,
     seed: int = 66,
     examples: str = "",
+    checkpoint: str = "",
     **settings: Any,
 ) -> Accuracy:
     """Answer the rows of `path` into `output`, and score them.
 
     Rows whose id `output` holds already are not generated again; each answer depends on the seed
-    and its own row, not on its batch.
+    and its own row, not on its batch. ValueError if they were answered in another way, which
+    ``OUTPUT.settings.json`` beside the answers says.
     """
     from tqdm import tqdm
 
@@ -46,18 +49,35 @@ def answer_file(
     rows = read_rows(path, ("id",))[:limit]
     done = {row["id"]: row for row in read_rows(output, ("id", "generate"))} if _has(output) else {}
     missing = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = PUBLISHED | settings
+    told = {"task": task, "seed": seed, "examples": examples, **settings}
+    check_same(output, told | {"checkpoint": checkpoint})
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(missing), disable=None) as bar:
         for batch in _batches(missing, batch_size):
             prompts = [prompt(task, row, examples) for _, row in batch]
             seeds = [seed * 1_000_003 + i for i, _ in batch]
-            texts = pipeline.continue_text(prompts, seed=seeds, **(PUBLISHED | settings))
+            texts = pipeline.continue_text(prompts, seed=seeds, **settings)
             for (_, row), asked, text in zip(batch, prompts, texts, strict=True):
                 done[row["id"]] = _answer(row, asked, text)
                 file.write(json.dumps(done[row["id"]], ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(batch))
     return score_rows(task, [done[row["id"]] for row in rows])
+
+
+def check_same(output: Path, told: dict[str, Any]) -> None:
+    """Write beside `output` how it is answered, or ValueError if it was begun in another way."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = output.with_name(f"{output.name}.settings.json")
+    if _has(output) and record.is_file():
+        before = read_json(record)
+        changed = [k for k in told if before.get(k) != told[k]]
+        if changed:
+            raise ValueError(
+                f"{output} was begun with {changed[0]} {before.get(changed[0])!r}, not"
+                f" {told[changed[0]]!r}; give another --output, or the same settings to continue"
+            )
+    write_json(record, told)
 
 
 def _has(output: Path) -> bool:
