@@ -17,7 +17,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,17 +84,26 @@ def passages(split: str) -> list[str]:
     return [raw.members["txt"].decode() for raw in read_shards(PROSE.format(split))]
 
 
-def trials(pipeline: UnifiedPipeline, count: int) -> list[tuple[str, str, int]]:
-    """(prompt, its next word, its length in tokens): as many of odd as of even length."""
+class Trial(NamedTuple):
+    """A prompt of `length` tokens, its next word, and which passage it is of."""
+
+    prompt: str
+    word: str
+    length: int
+    passage: int
+
+
+def trials(pipeline: UnifiedPipeline, count: int) -> list[Trial]:
+    """As many prompts of odd as of even length."""
     tokenizer: Any = pipeline.modalities["text"].tokenizer  # type: ignore[attr-defined]
-    found: dict[int, list[tuple[str, str, int]]] = {0: [], 1: []}
-    for text in passages("val"):
+    found: dict[int, list[Trial]] = {0: [], 1: []}
+    for passage, text in enumerate(passages("val")):
         words = text.split()
         for end in range(16, min(len(words) - 1, 40), 3):
             prompt, word = " ".join(words[:end]), plain(words[end])
             length = len(tokenizer.encode(prompt))
             if word and SHORTEST <= length < PASSAGE - BLOCK and len(found[length % 2]) < count:
-                found[length % 2].append((prompt, word, length))
+                found[length % 2].append(Trial(prompt, word, length, passage))
     return found[0] + found[1]
 
 
@@ -109,26 +118,26 @@ def first_word(text: str) -> str:
     return next((plain(w) for w in rest.split() if plain(w)), "") if space else ""
 
 
-def hits(pipeline: UnifiedPipeline, asked: list[tuple[str, str, int]]) -> torch.Tensor:
+def hits(pipeline: UnifiedPipeline, asked: list[Trial]) -> torch.Tensor:
     """Whether the first word of the continuation is right, per trial."""
     right: list[float] = []
     for start in range(0, len(asked), 64):
         part = asked[start : start + 64]
-        prompts = [prompt for prompt, _, _ in part]
+        prompts = [trial.prompt for trial in part]
         texts = pipeline.continue_text(
             prompts, max_new_tokens=8, seed=start, num_steps=1, guidance_scale=1.0
         )
-        right += [float(first_word(t) == w) for t, (_, w, _) in zip(texts, part, strict=True)]
+        right += [float(first_word(t) == a.word) for t, a in zip(texts, part, strict=True)]
     return torch.tensor(right)
 
 
 @torch.no_grad()
-def reconstruction(pipeline: UnifiedPipeline, asked: list[tuple[str, str, int]]) -> torch.Tensor:
+def reconstruction(pipeline: UnifiedPipeline, asked: list[Trial]) -> torch.Tensor:
     """Share of a prompt's tokens that come back from its latents, filled up as generation does."""
     text: Any = pipeline.modalities["text"]
     out = []
-    for prompt, _, _ in asked:
-        ids = text.beginning(prompt)
+    for trial in asked:
+        ids = text.beginning(trial.prompt)
         filled = text.pad(ids, 1, text.boundary)
         (posterior,) = text.encode([filled])
         (back,) = text.decode([posterior.mode])
@@ -137,21 +146,26 @@ def reconstruction(pipeline: UnifiedPipeline, asked: list[tuple[str, str, int]])
     return torch.stack(out)
 
 
+def sure(values: torch.Tensor, asked: list[Trial]) -> dict[str, float]:
+    """The mean and its interval; the trials of a passage are resampled together."""
+    return asdict(bootstrap(values, groups=[trial.passage for trial in asked]))
+
+
 def measure(variant: str, out: Path, count: int) -> dict[str, Any]:
     pipeline = UnifiedPipeline.from_pretrained(out / variant / "final")
     asked = trials(pipeline, count)
-    odd = torch.tensor([length % 2 == 1 for _, _, length in asked])
+    odd = torch.tensor([trial.length % 2 == 1 for trial in asked])
     right, back = hits(pipeline, asked), reconstruction(pipeline, asked)
     often = Counter(plain(w) for text in passages("train") for w in text.split())
     common = often.most_common(1)[0][0]
-    says = torch.tensor([float(word == common) for _, word, _ in asked])
+    says = torch.tensor([float(trial.word == common) for trial in asked])
     return {
         "variant": variant,
-        "unigram": {"word": common, "accuracy": asdict(bootstrap(says))},
+        "unigram": {"word": common, "accuracy": sure(says, asked)},
         **{
             phase: {
                 "trials": int(rows.sum()),
-                "accuracy": asdict(bootstrap(right[rows])),
+                "accuracy": sure(right[rows], [t for t, r in zip(asked, rows, strict=True) if r]),
                 "reconstruction": float(back[rows].mean()),
             }
             for phase, rows in (("even", ~odd), ("odd", odd))

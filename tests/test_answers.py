@@ -160,6 +160,47 @@ def test_a_stopped_run_goes_on_and_scores_the_same(tmp_path: Path) -> None:
     assert (one["generate"], one["others"]) == (" 1", "\nmore")
 
 
+def test_a_line_that_a_kill_left_half_written_is_made_again(tmp_path: Path) -> None:
+    rows = [{"id": i, "prompt": "w " * i, "ground_truth": str(i)} for i in range(1, 5)]
+    questions = write(tmp_path / "lambada.jsonl", *rows)
+    answer_file(Echo(), "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
+    whole = (tmp_path / "a").read_text()
+    (tmp_path / "a").write_text(whole[:-9])
+    rest = Echo()
+    answer_file(rest, "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
+    assert len(rest.asked) == 1
+    assert (tmp_path / "a").read_text() == whole
+
+
+def test_other_line_separators_are_text(tmp_path: Path) -> None:
+    odd = {**ROW, "generate": "three\u2028\x85four"}
+    path = tmp_path / "lambada.jsonl"
+    path.write_text(json.dumps(odd, ensure_ascii=False) + "\n", "utf-8")
+    assert score_file(path).rows == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "says"),
+    [
+        ("lambada", {"id": 1, "answer": "x"}, "line 1, lacks prompt or question"),
+        ("lambada", {"id": 1, "question": "x"}, "line 1, lacks ground_truth or answer"),
+        ("squad", {"id": 1, "question": "x", "answer": "y"}, "lacks prompt or context"),
+        (
+            "lambada",
+            {"id": [1], "question": "x", "answer": "y"},
+            r"has the id \[1\]",
+        ),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    tmp_path: Path, task: str, row: dict[str, Any], says: str
+) -> None:
+    asked = Echo()
+    with pytest.raises(ValueError, match=says):
+        answer_file(asked, task, write(tmp_path / "q", row), tmp_path / "a")  # type: ignore[arg-type]
+    assert not asked.asked
+
+
 def test_a_prompt_is_made_of_a_question() -> None:
     row = {"question": "Where?", "choices": ["here", "there"], "answer": "here"}
     assert prompt("obqa", row, "Examples.\n\n") == (
@@ -190,6 +231,9 @@ def test_eval_run_answers_with_a_model(tmp_path: Path, capsys: Any) -> None:
         cli.main([*given[:-2], "num_steps=3", "max_new_tokens=4"])
     assert end.value.code == 2
     assert "was begun with num_steps 2, not 3; give another --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main([*given[:-2], "max_new_tokens=4"])
+    assert "was begun with num_steps 2, not 16" in capsys.readouterr().err
     for wrong, says in (
         ("num_stps=2", "did you mean num_steps"),
         ("num_steps=0", "num_steps is 0"),

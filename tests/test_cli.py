@@ -192,8 +192,8 @@ class FakePipeline:
         self.calls.append(("caption", [i.size for i in images], prompts, options))
         return ["a picture"] * len(images)
 
-    def text_to_image(self, prompts, **options):
-        self.calls.append(("text_to_image", prompts, options))
+    def text_to_image(self, prompts, size, **options):
+        self.calls.append(("text_to_image", prompts, size, options))
         return [Image.new("RGB", (4, 4)) for _ in prompts]
 
 
@@ -227,7 +227,31 @@ def test_generate_text_to_image(calls, capsys, tmp_path):
     options = ["--checkpoint", "here", "--prompt", "a boat", "--output", str(output)]
     run(capsys, "generate", "text_to_image", *options, "--size", "32")
     assert Image.open(output).size == (4, 4)
-    assert calls[1:] == [("text_to_image", ["a boat"], {"seed": 0, "size": 32})]
+    assert calls[1:] == [("text_to_image", ["a boat"], 32, {"seed": 0})]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["max_new_tokens=abc"], "max_new_tokens is 'abc' but should be a valid integer"),
+        (["max_new_tokens=2.5"], "max_new_tokens"),
+        (["seed=3"], "unknown key seed"),
+        (["solvr=heun"], "unknown key solvr; did you mean solver?"),
+        (["num_steps=3", "--steps", "4"], "num_steps is given twice"),
+        (["temperature"], "an override should read key=value, found 'temperature'"),
+    ],
+)
+def test_a_wrong_setting_is_found_before_anything_is_loaded(calls, capsys, settings, says):
+    options = ["--checkpoint", "x", "--prompt", "a boat"]
+    assert says in fails(capsys, "generate", "continuation", *options, *settings)
+    assert calls == []
+
+
+def test_settings_are_passed_on(calls, capsys):
+    options = ["--checkpoint", "x", "--prompt", "a", "solver=heun", "guidance_interval=[0.2,1.0]"]
+    run(capsys, "generate", "continuation", *options)
+    given = {"seed": 0, "solver": "heun", "guidance_interval": (0.2, 1.0)}
+    assert calls[1:] == [("continue_text", ["a"], given)]
 
 
 @pytest.mark.parametrize(

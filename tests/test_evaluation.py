@@ -67,6 +67,16 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 < covered / len(drawn) < 0.99
 
 
+def test_values_of_a_group_are_drawn_together():
+    """Ten copies of each value say no more than one: the interval is as wide."""
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    many, of = values.repeat_interleave(10), [i // 10 for i in range(400)]
+    one, grouped, naive = bootstrap(values), bootstrap(many, groups=of), bootstrap(many)
+    assert grouped.mean == pytest.approx(one.mean)
+    assert (grouped.low, grouped.high) == pytest.approx((one.low, one.high))
+    assert naive.high - naive.low < 0.5 * (one.high - one.low)
+
+
 def test_bootstrap_moves_and_scales_with_its_values():
     values = torch.randn(30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     one, other = bootstrap(values), bootstrap(3 * values + 2)
@@ -197,7 +207,8 @@ class UsesCondition(nn.Module):
 
 def model(task: str, strength: float) -> SimpleNamespace:
     config = SimpleNamespace(flow=FlowConfig())
-    return SimpleNamespace(prior=UsesCondition(task, strength), tasks=TASKS, config=config)
+    prior = UsesCondition(task, strength)
+    return SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={})
 
 
 def examples(count: int = 24) -> list[dict[str, Latent]]:
@@ -242,7 +253,7 @@ def test_the_draws_do_not_depend_on_the_condition(task):
 
 def test_a_loss_does_not_depend_on_its_batch(monkeypatch):
     prior, config = toys.prior(), SimpleNamespace(flow=FlowConfig())
-    pipeline = SimpleNamespace(prior=prior, tasks=TASKS, config=config)
+    pipeline = SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={})
     of = [s for s in toys.samples(40) if s.task == "captioning"]
     latents = toys.latents(of, toys.layouts())
     encoded = [

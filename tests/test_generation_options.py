@@ -107,6 +107,52 @@ def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
     torch.testing.assert_close(z, by_hand, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("guider", ["zero_star", "adaptive_projected", "tangential"])
+def test_a_guider_sees_what_is_unknown_of_one_block(guider: str) -> None:
+    """What the prior says at known positions is not trained, and changes nothing."""
+    model = toys.prior()
+    sampler = Sampler(4, 2.0, guider=guider)
+    requests = [Request({"C": PROMPT}, (8,), 1), Request({}, (8,), 2)]
+    maker = Generator(model, toys.layouts(BLOCK))
+    plain = maker.run("continuation", "C", requests, sampler)
+
+    def spoilt(_m: Any, args: Any, out: dict[str, Tensor]) -> dict[str, Tensor]:
+        at_rest = args[0].time_RL.view(-1)[args[0].where["text"]] == 0
+        return {"text": torch.where(at_rest[:, None], 1e3, out["text"])}
+
+    model.register_forward_hook(spoilt)
+    other = maker.run("continuation", "C", requests, sampler)
+    for one, two in zip(plain, other, strict=True):
+        torch.testing.assert_close(one.values, two.values)
+
+
+def test_the_step_that_zero_star_leaves_out_is_the_first_of_all() -> None:
+    """Also where guidance begins later."""
+    base = {"num_steps": 4, "guidance_scale": 2.0, "guidance_interval": (0.0, 0.8)}
+    model = toys.prior()
+    seen: list[Tensor] = []
+    model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
+    made_by = Generator(model, toys.layouts(BLOCK))
+    z = made_by.run("continuation", "C", [Request({}, (BLOCK,), 0)],
+                    Sampler(**base, guider="zero_star"))[0].values  # fmt: skip
+    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    for v in seen:
+        c, *u = v.split(BLOCK)
+        if u:
+            s = (c * u[0]).sum() / (u[0] * u[0]).sum()
+            c = s * u[0] + 2.0 * (c - s * u[0])
+        by_hand = by_hand - c / 4
+    torch.testing.assert_close(z, by_hand, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_the_ends_of_the_interval_are_inside(steps: int) -> None:
+    sampler = Sampler(steps, 2.0, guidance_interval=(0.2, 0.8))
+    times = schedule(steps, torch.zeros(1))
+    guided = [round(float(t), 2) for t in times if sampler.guides(t)]
+    assert (guided[0], guided[-1]) == (0.8, 0.2)
+
+
 # ---- the first block ----------------------------------------------------------------------------
 
 
@@ -117,6 +163,7 @@ def noises() -> Iterator[Tensor]:
 
 
 WHERE = torch.tensor([[True], [True], [False], [False]])
+START = torch.randn(4, 1, generator=generator(3), dtype=torch.float64)
 KNOWN = torch.tensor([[1.0], [-2.0], [0.0], [0.0]], dtype=torch.float64)
 
 
@@ -125,24 +172,56 @@ def pulled(z: Tensor, t: Tensor) -> Tensor:
     return (z - 3) / t.clamp(min=1e-3)
 
 
-def test_partial_repaint_holds_known_positions_only_while_it_guides() -> None:
+def test_partial_repaint_guides_in_its_share_of_the_steps() -> None:
+    """With a velocity of 0, the known part stays where the last guided step has put it."""
+    calls = []
+
+    def still(z: Tensor, t: Tensor) -> Tensor:
+        calls.append(float(t))
+        return torch.zeros_like(z)
+
     def run(share: float, times: int = 1) -> Tensor:
-        return repaint(pulled, KNOWN, WHERE, noises(), 10, "euler", 1.0, share, times)
+        return repaint(still, START, KNOWN, WHERE, noises(), 10, "euler", 1.0, share, times)
 
-    free, guided = run(0.0), run(1.0)
-    torch.testing.assert_close(free, torch.full_like(free, 3.0), atol=1e-6, rtol=0)
-    # in the last step the known part is on its path at t = 0.1, and one step goes all the way
-    torch.testing.assert_close(guided[2:], free[2:], atol=1e-6, rtol=0)
-    assert not torch.allclose(repaint(lambda z, t: z * 0, KNOWN, WHERE, noises(), 10, "euler", 1.0,
-                                      1.0, 1)[:2], free[:2])  # fmt: skip
-    calls = {"n": 0}
+    drawn = [next(n) for n in [noises()] for _ in range(10)]
+    assert run(0.0).equal(START)
+    for share, step in ((1.0, 9), (0.3, 2)):
+        t = 1 - step / 10
+        wanted = torch.where(WHERE, (1 - t) * KNOWN + t * drawn[step], START)
+        torch.testing.assert_close(run(share), wanted, atol=1e-5, rtol=0)
+    calls.clear()
+    run(0.3, 3)
+    assert len(calls) == 3 * 3 + 7
+    free = repaint(pulled, START, KNOWN, WHERE, noises(), 10, "euler", 1.0, 0.0, 1)
+    torch.testing.assert_close(free, torch.full_like(free, 3.0), atol=1e-5, rtol=0)
 
-    def counted(z: Tensor, t: Tensor) -> Tensor:
-        calls["n"] += 1
-        return pulled(z, t)
 
-    repaint(counted, KNOWN, WHERE, noises(), 10, "euler", 1.0, 0.3, 3)
-    assert calls["n"] == 3 * 3 + 7
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_a_repainted_result_does_not_depend_on_its_batch(times: int, solver: str) -> None:
+    """Beside a prompt of whole blocks, none, and one that ends inside a block."""
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    whole = Latent(torch.cat([PROMPT.values, PROMPT.values[:2]]), (8,))
+    requests = [Request(g, (12,), i) for i, g in enumerate(({"C": whole}, {}, {"C": PROMPT}))]
+    sampler = Sampler(4, 2.0, solver, first_block="partial", repaint_times=times)
+    together = maker.run("continuation", "C", requests, sampler)
+    for request, other in zip(requests, together, strict=True):
+        alone = maker.run("continuation", "C", [request], sampler)[0]
+        torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["clean", "partial"])
+def test_noise_that_is_given_is_used(strategy: str) -> None:
+    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    sampler = Sampler(2, 1.0, first_block=strategy)
+    noise = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
+
+    def run(shift: float) -> Tensor:
+        given = Request({"C": PROMPT}, (12,), 1, [n + shift for n in noise])
+        return maker.run("continuation", "C", [given], sampler)[0].values
+
+    assert run(0.0).equal(run(0.0))
+    assert not torch.allclose(run(0.0)[6:], run(5.0)[6:])
 
 
 def test_renoising_keeps_the_path() -> None:

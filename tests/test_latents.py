@@ -139,7 +139,11 @@ def test_a_row_is_the_score_of_the_blocks_last_latent(model: UnifiedPipeline) ->
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["yellow"], "'yellow' is not in the text"), (["a"], "is symbol 1 of the text, but a block")],
+    [
+        (["yellow"], "'yellow' is not in the text"),
+        (["squar"], "'squar' is not in the text"),
+        (["a"], "is symbol 1 of the text, but a block"),
+    ],
 )
 def test_a_word_that_cannot_be_scored_is_named(
     model: UnifiedPipeline, words: list[str], says: str

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -210,11 +212,68 @@ def test_a_later_block_does_not_change_the_ones_before(model: UnifiedPipeline) -
 
 
 def test_a_prompt_inside_a_block_is_a_condition(model: UnifiedPipeline) -> None:
+    """Its latents stay clean while the others flow, and only the others' density counts."""
     text = ids(model, "a big green square and a small red one beside it")
     block = model.tasks["continuation"].config.block
-    whole, part = (scorer(model).terms(text, n, 1, 0) for n in (0, block + 1))
+    text = text[: 3 * block]
+    whole, part = (scorer(model, trace="exact").terms(text, n, 1, 0) for n in (0, block + 1))
     assert part.prior.shape[1] == whole.prior.shape[1] - 1
+    torch.testing.assert_close(part.prior[:, 1], whole.prior[:, 2])
+    torch.testing.assert_close(part.decoder[:, 1], whole.decoder[:, 2])
     assert not torch.allclose(part.decoder[:, 0], whole.decoder[:, 1])
+    assert not torch.allclose(part.posterior[:, 0], whole.posterior[:, 1])
+    # by hand: one Euler step of the free latents, which see the held one at t = 0
+    one = scorer(model, trace="exact", solver="euler", num_steps=1)
+    held = one.terms(text, block + 1, 1, 0).prior[0, 0]
+    field, z = captured(one, text, block + 1)
+    v = field(z, torch.tensor(0.0))
+    jacobian = torch.autograd.functional.jacobian(lambda x: field(x, torch.tensor(0.0))[1], z)
+    free = slice(model.modalities["text"].channels, None)
+    trace = jacobian[:, 1].diagonal(0, 0, 1)[free].sum()
+    end = (z + v)[1, free]
+    by_hand = trace - 0.5 * (end**2 + math.log(2 * math.pi)).sum()
+    torch.testing.assert_close(held, by_hand, atol=1e-3, rtol=1e-4)
+
+
+def captured(of: Scorer, text: Tensor, known: int) -> tuple[Any, Tensor]:
+    """The field and the latents [B, D] that `of` integrates for one sample of `text`."""
+    module: Any = import_module("unified.likelihood.score")
+    seen: list[Any] = []
+    real = module.log_density
+
+    def recorded(field: Any, z: Tensor, *rest: Any) -> Any:
+        seen.extend((field, z))
+        return real(field, z, *rest)
+
+    module.log_density = recorded
+    try:
+        of.terms(text, known, 1, 0)
+    finally:
+        module.log_density = real
+    field, z = seen
+    return field, z.detach()
+
+
+def test_a_text_is_closed_as_training_closes_it(model: UnifiedPipeline) -> None:
+    """An end mark and pads fill the last block; the mark counts if the response ends there."""
+    text: Any = model.modalities["text"]
+    response = ids(model, "a big green")
+    assert len(response) % 4
+    seen: list[Tensor] = []
+    encode, text.encode = text.encode, lambda o: seen.extend(o) or encode(o)
+    try:
+        (closed,), (going,) = (
+            model.score(["a big green"], num_samples=1, num_steps=2, ends=e) for e in (True, False)
+        )
+    finally:
+        text.encode = encode
+    for filled in seen:
+        rest = filled[len(response) :].tolist()
+        assert rest == [text.tokenizer.eos_id] + [text.tokenizer.pad_id] * (len(rest) - 1)
+    assert (closed.tokens, going.tokens) == (len(response) + 1, len(response))
+    assert sum(b["decoder"] for b in closed.blocks) < sum(b["decoder"] for b in going.blocks)
+    for name in ("prior", "posterior"):
+        assert [b[name] for b in closed.blocks] == [b[name] for b in going.blocks]
 
 
 def test_hutchinson_agrees_with_the_exact_trace(model: UnifiedPipeline) -> None:
@@ -224,15 +283,32 @@ def test_hutchinson_agrees_with_the_exact_trace(model: UnifiedPipeline) -> None:
     torch.testing.assert_close(many, exact, rtol=0.05, atol=0.3)
 
 
-def test_rescaling_latents_moves_densities_and_not_their_difference() -> None:
-    """The Jacobian is in the prior's and in the posterior's term."""
-    model = tiny.pipeline()
+def test_the_jacobian_of_the_normalisation_counts(model: UnifiedPipeline) -> None:
+    """In the encoder's own space: the density of normalised latents, plus log |dz / d encoder|."""
     text: Any = model.modalities["text"]
-    base = scorer(model).terms(ids(model, "a big"), 0, 2, 0)
-    text.config = text.config.model_copy(update={"scaling_factor": 2.0})
-    scaled = scorer(model).terms(ids(model, "a big"), 0, 2, 0)
+    plain_config = text.config
+    shown = ids(model, "a big green square")[:8]
+    base = scorer(model, trace="exact").terms(shown, 0, 2, 0)
+    text.config = plain_config.model_copy(update={"scaling_factor": 2.0})
+    try:
+        of = scorer(model, trace="exact")
+        scaled = of.terms(shown, 0, 2, 0)
+        field, z = captured(of, shown, 0)
+        normalised = log_density(field, z, of.config).log_prob
+        one = of.terms(shown, 0, 1, 0)
+    finally:
+        text.config = plain_config
     torch.testing.assert_close(scaled.posterior, base.posterior, rtol=1e-4, atol=1e-3)
+    shift = 4 * text.channels * math.log(2.0)  # latents of a block, channels
+    torch.testing.assert_close(one.prior[0], normalised + shift, rtol=1e-4, atol=1e-3)
     assert not torch.allclose(scaled.prior, base.prior)
+
+
+def test_what_json_does_not_have_is_null(model: UnifiedPipeline) -> None:
+    (found,) = model.score(["red"], num_samples=1, num_steps=2)
+    assert math.isnan(found.response.standard_error)
+    told = json.dumps(found.as_json(), allow_nan=False)
+    assert json.loads(told)["response"]["standard_error"] is None
 
 
 @pytest.mark.parametrize(

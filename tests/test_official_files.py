@@ -135,6 +135,31 @@ def test_what_is_wrong_with_a_checkpoint_is_named(
         from_official(folder)
 
 
+@pytest.mark.parametrize("index", ["{}", "[]", "{", '{"weight_map": [1]}', '{"weight_map": 3}',
+                                   '{"weight_map": {"a": "../b"}}'])  # fmt: skip
+def test_a_broken_index_of_shards_is_named(folder: Path, index: str) -> None:
+    (folder / DIT / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of shards"):
+        from_official(folder)
+
+
+def test_an_official_model_pads_as_it_was_trained(tmp_path: Path) -> None:
+    to_official(text_only(patch_size=2), tmp_path / "official")
+    settings(DIT, auto_map={"AutoModel": "x.Y"})(tmp_path / "official")  # hub models carry it
+    assert from_official(tmp_path / "official").modalities["text"].boundary == "right"
+
+
+def test_without_a_tokenizer_a_model_works_on_ids(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    text: Any = from_official(folder).modalities["text"]
+    ids = [torch.tensor([5, 9, 2]), torch.tensor([7])]
+    one, two = text.encode(ids)
+    torch.testing.assert_close(two.mean_LC, text.encode(ids[1:])[0].mean_LC)
+    assert [len(o) for o in text.decode([one.mode, two.mode])] == [3, 1]
+    with pytest.raises(ValueError, match="has no tokenizer, and works on ids only"):
+        text.observe("a")
+
+
 def test_what_is_no_checkpoint_or_cannot_become_one(tmp_path: Path, capsys: Any) -> None:
     says = command(capsys, "official", tmp_path, tmp_path / "out", code=2)
     assert "is no official checkpoint: it should hold cola_dit/ and cola_vae/" in says

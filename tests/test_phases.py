@@ -15,7 +15,7 @@ from unified.data.shards import read_shards
 from unified.data.streams import ItemStream, TaskStream
 from unified.inference import Inference, Wish
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import generator
+from unified.randomness import derive, generator
 
 PROMPTS = ("a big green", "a big gree", "a small red square", "a small red squar")
 
@@ -68,19 +68,15 @@ def test_the_official_way_pads_on_the_right() -> None:
     assert len(latents) == len(ids) / 2
 
 
-def test_what_is_made_has_the_length_that_was_asked_for(model: UnifiedPipeline) -> None:
-    runner = Inference(model.modalities, model.tasks, model.prior, "continuation")
+def test_what_is_made_has_the_length_that_was_asked_for(
+    model: UnifiedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text: Any = model.modalities["text"]
-    text_has_ended, text.has_ended = text.has_ended, lambda ids: False
-    realised, runner._realise = runner._realise, lambda made, wish, settings: made[: wish.size]  # type: ignore[method-assign]
-    try:
-        for size in (1, 5, 8):
-            wishes = [Wish({"C": p}, size) for p in PROMPTS]
-            made = runner.run(wishes, model.config.generation, 0)
-            assert [len(ids) for ids in made] == [size] * len(PROMPTS)
-    finally:
-        text.has_ended = text_has_ended
-        runner._realise = realised  # type: ignore[method-assign]
+    monkeypatch.setattr(text, "has_ended", lambda ids: False)
+    monkeypatch.setattr(text, "realise", lambda ids: ids.tolist())
+    for size in (1, 5, 8):
+        made = model.continue_text(PROMPTS, max_new_tokens=size, seed=0)
+        assert [len(ids) for ids in made] == [size] * len(PROMPTS)
 
 
 @pytest.mark.parametrize(("boundary", "phases"), [("lead", {0, 1}), ("right", {0})])
@@ -91,8 +87,8 @@ def test_training_shows_the_phases(boundary: str, phases: set[int], tmp_path: Pa
     (raw, *_) = read_shards(tiny.write_shard(tmp_path / "a.tar", tiny.squares()))
     example = Example(raw, pipeline.modalities)
     task = TaskStream("continuation", pipeline.tasks["continuation"], pipeline.modalities)
-    item = ItemStream("s", "text", pipeline.modalities, crop=3)
-    for stream, kind in ((task, "C"), (item, "X")):
+    crops, items = (ItemStream("s", "text", pipeline.modalities, crop=c) for c in (3, None))
+    for stream, kind in ((task, "C"), (crops, "X"), (items, "X")):
         leads = Counter(
             int((stream.prepare(example, generator("p", i))[kind] == text.unknown_id).sum())
             for i in range(200)
@@ -117,11 +113,9 @@ def test_a_score_conditions_on_whole_latents(model: UnifiedPipeline) -> None:
     scorer = model.scorer(num_steps=2)
     text: Any = model.modalities["text"]
     odd = next(p for p in PROMPTS if len(text.beginning(p)) % 2)
-    (found,) = model.score(["e red"], [odd], num_samples=1, num_steps=2)
+    (found,) = model.score(["e red"], [odd], num_samples=1, num_steps=2, ends=False)
     prompt = text.pad(text.beginning(odd), 1, "lead")
     whole = torch.cat([prompt, text.beginning("e red")])
-    from unified.randomness import derive
-
     terms = scorer.terms(whole, len(prompt), 1, derive(0, "response"))
     assert found.response.value == pytest.approx(float(terms.log_w[0]))
     # a latent that does hold both counts in full

@@ -207,6 +207,17 @@ def test_the_default_length_is_the_configurations(endless: UnifiedPipeline) -> N
     assert [len(ids) for ids in endless.continue_text(PROMPTS)] == [8] * 3
 
 
+def test_generate_takes_max_new_tokens_as_the_size_of_a_text(endless: UnifiedPipeline) -> None:
+    made = endless.generate("continuation", [{"C": "a big"}], max_new_tokens=3, seed=0)
+    assert [len(ids) for ids in made] == [3]
+    with pytest.raises(ValueError, match="the size of a text that has no other size"):
+        endless.generate("continuation", [{"C": "a big"}], 4, max_new_tokens=3)
+    with pytest.raises(ValueError, match="the size of a text that has no other size"):
+        endless.generate("text_to_image", [{"C": "a big"}], max_new_tokens=3)
+    with pytest.raises(ValueError, match="one number of pixels or"):
+        endless.generate("text_to_image", [{"C": "a big"}], "abc")
+
+
 def test_a_text_that_ends_is_cut_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = random_pipeline()
     text = pipeline.modalities["text"]

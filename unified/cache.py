@@ -39,8 +39,10 @@ class KVCache:
         else:
             self.layers[layer] = (k_RSHD, v_RSHD)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but these (an index [R'])."""
+    def rows(self, index: Tensor) -> KVCache:
+        """A cache of these rows (an index [R']) alone."""
+        chosen = KVCache()
         if self.coordinates is not None:
-            self.coordinates = self.coordinates.map(lambda t: t[rows])
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+            chosen.coordinates = self.coordinates.map(lambda t: t[index])
+        chosen.layers = [(k[index], v[index]) for k, v in self.layers]
+        return chosen

@@ -26,6 +26,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
+from unified.config import DensityConfig
 from unified.errors import one_line
 
 app = typer.Typer(
@@ -87,16 +88,19 @@ def score_response(
     samples: Annotated[int, typer.Option(help="Posterior samples K.")] = 8,
     estimator: Annotated[str, typer.Option(help="elbo or iwae.")] = "elbo",
     seed: Seed = 0,
+    goes_on: Annotated[
+        bool, typer.Option("--open", help="The response need not end there: no end mark.")
+    ] = False,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Print the log-likelihood of a response, and its prior, posterior and decoder parts."""
     import json
 
-    options = given(density)
+    options = given(DensityConfig, density)
     pipeline = open_pipeline(checkpoint, trust_remote_code)
     prompts = None if prompt is None else [prompt]
-    (found,) = pipeline.score([response], prompts, samples, estimator, seed, **options)
+    (found,) = pipeline.score([response], prompts, samples, estimator, seed, not goes_on, **options)
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

@@ -228,6 +228,19 @@ class GenerationConfig(Part):
         return self
 
 
+class DensityConfig(Part):
+    """How the density of a flow is computed (paper 10.4)."""
+
+    solver: Literal["euler", "heun", "rk4", "dopri5"] = "rk4"
+    #: steps of a fixed-step solver; dopri5 chooses its own, to a relative and absolute tolerance
+    num_steps: int = Field(16, gt=0)
+    tolerance: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    trace: Literal["hutchinson", "exact"] = "hutchinson"
+    probes: Literal["rademacher", "gaussian"] = "rademacher"
+    #: probes that are averaged
+    num_probes: int = Field(1, gt=0)
+
+
 class Config(Part):
     """Everything that a run is."""
 

@@ -147,18 +147,34 @@ class _Session:
     def _denoise(self, sampler: Sampler) -> None:
         """Integrate the next block of every active request, and append it."""
         starts = [self._start(i) for i in self.active]
-        if sampler.first_block == "partial" and any(s.known for s in starts):
-            blocks = self._repaint(starts, sampler)
-        else:
-            field = self._field(starts, [s.known for s in starts], sampler)
-            noise = torch.cat([s.noise for s in starts])
-            z = integrate(field, noise, sampler.num_steps, sampler.solver, sampler.time_shift)
-            blocks = z.split([len(s.noise) for s in starts])
-        for i, block in zip(self.active, blocks, strict=True):
-            self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+        # blocks that are repainted take steps of their own
+        partial = [sampler.first_block == "partial" and len(s.known) > 0 for s in starts]
+        for move, chosen in ((self._integrate, False), (self._repaint, True)):
+            rows = [row for row, repainted in enumerate(partial) if repainted == chosen]
+            if not rows:
+                continue
+            blocks = move([starts[row] for row in rows], self._cache(rows), sampler)
+            for row, block in zip(rows, blocks, strict=True):
+                i = self.active[row]
+                self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+
+    def _cache(self, rows: Sequence[int]) -> KVCache:
+        """The cache of some of the active requests."""
+        if len(rows) == len(self.active):
+            return self.cache
+        return self.cache.rows(torch.tensor(rows, device=self.owner.device))
+
+    def _integrate(
+        self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
+    ) -> Sequence[Tensor]:
+        """The blocks, with what is known of them held clean throughout."""
+        field = self._field(starts, [len(s.known) for s in starts], cache, sampler)
+        z = torch.cat([torch.cat([s.known, s.noise[len(s.known) :]]) for s in starts])
+        z = integrate(field, z, sampler.num_steps, sampler.solver, sampler.time_shift)
+        return z.split([len(s.noise) for s in starts])
 
     def _field(
-        self, starts: Sequence[_Start], known: Sequence[int], sampler: Sampler
+        self, starts: Sequence[_Start], known: Sequence[int], cache: KVCache, sampler: Sampler
     ) -> GuidedVelocity:
         """The velocity of the blocks that begin at `starts`."""
         m = self.target.modality
@@ -169,21 +185,20 @@ class _Session:
         both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
         lengths = [len(s.noise) for s in starts]
         prior = self.owner.prior
-        return GuidedVelocity(
-            prior, (plain, both), self.cache, lengths, known, m, self.noisy, sampler
-        )
+        return GuidedVelocity(prior, (plain, both), cache, lengths, known, m, self.noisy, sampler)
 
-    def _repaint(self, starts: Sequence[_Start], sampler: Sampler) -> Sequence[Tensor]:
+    def _repaint(
+        self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
+    ) -> Sequence[Tensor]:
         """The blocks under partial repaint: known positions are noisy too, and may drift."""
-        field = self._field(starts, [0] * len(starts), sampler)
-        rows = [
-            (torch.arange(len(s.noise), device=self.owner.device) < s.known)[:, None]
-            for s in starts
-        ]
+        field = self._field(starts, [0] * len(starts), cache, sampler)
+        known = [torch.cat([s.known, torch.zeros_like(s.noise[len(s.known) :])]) for s in starts]
+        where = [torch.arange(len(s.noise))[:, None] < len(s.known) for s in starts]
         z = repaint(
             field,
             torch.cat([s.noise for s in starts]),
-            torch.cat(rows),
+            torch.cat(known),
+            torch.cat(where).to(self.owner.device),
             self._noises(starts),
             sampler.num_steps,
             sampler.solver,
@@ -196,8 +211,7 @@ class _Session:
     def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:
         """Fresh noise for all blocks, again and again; each request draws its own."""
         seeds = [
-            generator(self.requests[i].seed, self.task, self.target.kind, "repaint", s.position)
-            for i, s in zip(self.active, starts, strict=True)
+            generator(s.seed, self.task, self.target.kind, "repaint", s.position) for s in starts
         ]
         while True:
             drawn = [
@@ -211,7 +225,7 @@ class _Session:
         self.active = [self.active[row] for row in going]
         if not self.active:
             return
-        self.cache.keep_rows(torch.tensor(going, device=self.owner.device))
+        self.cache = self.cache.rows(torch.tensor(going, device=self.owner.device))
         starts = [self._start(i) for i in self.active]
         samples = [s.sample(self.task, self.target.kind) for s in starts]
         values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
@@ -251,10 +265,9 @@ class _Session:
         clock, position = self.origins[i]
         block = self.target.block
         grid = (block,) if block else request.grid
-        noise = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype, copy=True)
-        known = self.latents[i][at:]
-        noise[: len(known)] = known
-        return _Start(grid, clock + (at // block if block else 0), position + at, noise, len(known))
+        noise = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype)
+        clock += at // block if block else 0
+        return _Start(request.seed, grid, clock, position + at, noise, self.latents[i][at:])
 
     def _noise(self, i: int, length: int) -> Tensor:
         """Initial noise [length, C] of the next block of request `i`."""
@@ -287,13 +300,14 @@ class _Session:
 
 @dataclass(frozen=True)
 class _Start:
-    """One block about to be denoised: `noise` [b, C] holds the `known` first latents already."""
+    """One block about to be denoised: its `noise` [b, C], and what of it is `known`, [k, C]."""
 
+    seed: int
     grid: tuple[int, ...]
     clock: int
     position: int
     noise: Tensor
-    known: int
+    known: Tensor
 
     def sample(self, task: str, kind: str) -> Sample:
         return Sample(task, {kind: self.grid}, self.clock, self.position)

@@ -1,7 +1,7 @@
 """Guidance: the velocity that generation follows, from a conditional and an unconditional one.
 
-Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are the guiders of
-diffusers that need no more than these two, one per block, since some of them keep a state.
+Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are guiders of
+diffusers, applied to each block by itself and to what is unknown of it.
 
 Shape legend: N positions of all blocks being denoised, n positions of one block, C channels.
 """
@@ -18,22 +18,20 @@ from torch import Tensor
 from unified.cache import KVCache
 from unified.flow import round_timesteps
 from unified.prior import Prior
-from unified.sampler import Sampler
+from unified.sampler import NEAR, Sampler
 from unified.sequence import PackedBatch
+from unified.solvers import schedule
 
 #: name -> class in `diffusers.guiders`, and its options where the defaults amount to the plain rule
 GUIDERS: dict[str, tuple[str, dict[str, float]]] = {
     "zero_star": ("ClassifierFreeZeroStarGuidance", {}),
-    "adaptive_projected": (
-        "AdaptiveProjectedGuidance",
-        {"adaptive_projected_guidance_momentum": -0.5, "eta": 0.0},
-    ),
+    "adaptive_projected": ("AdaptiveProjectedGuidance", {"eta": 0.0}),
     "tangential": ("TangentialClassifierFreeGuidance", {}),
 }
 
 
 def guider(sampler: Sampler) -> Any:
-    """A fresh guider of diffusers."""
+    """The guider of diffusers that `sampler` names."""
     from diffusers import guiders
 
     name, options = GUIDERS[sampler.guider]
@@ -65,9 +63,9 @@ class GuidedVelocity:
         time = self.plain.time_RL
         unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
         self.unknown_N = torch.cat(unknown).to(time)
-        self.guiders = [guider(sampler) for _ in lengths] if sampler.guider in GUIDERS else []
-        self.step = -1
-        self.reached: Tensor | None = None
+        self.known = list(known)
+        self.guider = guider(sampler) if sampler.guider in GUIDERS else None
+        self.schedule = schedule(sampler.num_steps, time, sampler.time_shift)
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
@@ -92,14 +90,12 @@ class GuidedVelocity:
         return torch.cat([part for parts in zip(*split, strict=True) for part in parts])
 
     def _combine(self, v_c: Tensor, v_u: Tensor, t: Tensor) -> Tensor:
-        if not self.guiders:
+        if self.guider is None:
             return torch.lerp(v_u, v_c, self.sampler.guidance_scale)
-        if self.reached is None or t < self.reached:
-            self.step, self.reached = self.step + 1, t
-        out = []
-        for one, c, u in zip(
-            self.guiders, v_c.split(self.lengths), v_u.split(self.lengths), strict=True
-        ):
-            one.set_state(self.step, self.sampler.num_steps, t)
-            out.append(one.forward(c[None], u[None]).pred[0].to(v_c.dtype))
-        return torch.cat(out)
+        step = int((self.schedule > t + NEAR).sum())
+        self.guider.set_state(step, self.sampler.num_steps, t)
+        out = v_c.clone()
+        blocks = (x.split(self.lengths) for x in (v_c, v_u, out))
+        for c, u, guided, k in zip(*blocks, self.known, strict=True):
+            guided[k:] = self.guider.forward(c[None, k:], u[None, k:]).pred[0]
+        return out

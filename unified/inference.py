@@ -86,13 +86,14 @@ class Inference:
             return
         starts = [self._observe(w, settings) for w in wishes]
         requests = self._requests(wishes, starts, seeds(seed, len(wishes)), settings)
-        decoding = self._decoding(requests, settings)
+        whole = [self._whole(request) for request in requests]
+        decoding = self._decoding(requests, whole, settings)
         made: dict[int, Tensor] = {}
+        over = [False] * len(wishes)
 
         def ended(ids: Sequence[int], latents: Sequence[Tensor]) -> list[bool]:
             del latents
-            over = [self.modality.has_ended(made[i]) for i in ids]
-            return [all(over)] * len(over) if settings.official else over
+            return [all(over)] * len(ids) if settings.official else [over[i] for i in ids]
 
         sampler = Sampler.of(settings)
         blocks = self.generator.stream(self.name, self.target.kind, requests, sampler, ended)
@@ -100,6 +101,9 @@ class Inference:
             latents = [self._latent(z, requests[i]) for i, z in block.items()]
             for i, o in zip(block, decoding.extend(list(block), latents), strict=True):
                 made[i] = o[starts[i].known :]
+                # the official code also looks at what it decodes of the prompt
+                seen = o[whole[i] * self.modality.symbols :] if settings.official else made[i]
+                over[i] = over[i] or self.modality.has_ended(seen)
             yield {i: self._realise(made[i], wishes[i], settings) for i in block}
 
     # ---- before ----
@@ -182,13 +186,18 @@ class Inference:
         known = known // block * block if settings.official else known
         return (-(-(math.prod(grid) + known) // block) * block,)
 
-    def _decoding(self, requests: Sequence[Request], settings: GenerationConfig) -> Decoding:
-        block = self.target.block
-        known = [r.given.get(self.target.kind) for r in requests]
-        whole = [len(z.values) // block * block if z and block else 0 for z in known]
+    def _whole(self, request: Request) -> int:
+        """Latents of the whole blocks of a known beginning."""
+        known, block = request.given.get(self.target.kind), self.target.block
+        return len(known.values) // block * block if known and block else 0
+
+    def _decoding(
+        self, requests: Sequence[Request], whole: Sequence[int], settings: GenerationConfig
+    ) -> Decoding:
         names = (f.name for f in fields(Choice))
         choice = Choice(**{name: getattr(settings, name) for name in names})
-        return self.modality.decoding(choice, [r.seed for r in requests], whole, block)
+        seeds = [r.seed for r in requests]
+        return self.modality.decoding(choice, seeds, whole, self.target.block)
 
     # ---- after ----
 

@@ -63,8 +63,12 @@ class Posterior:
 
     def log_prob(self, values_LC: Tensor) -> Tensor:
         """log q(z | x) of `values_LC`, in nats."""
+        return self.log_density(values_LC).sum()
+
+    def log_density(self, values_LC: Tensor) -> Tensor:
+        """log q(z | x) of each latent, in nats: [L], or [K, L] of values [K, L, C]."""
         squared = (values_LC - self.mean_LC) ** 2 * torch.exp(-self.logvar_LC)
-        return -0.5 * (squared + self.logvar_LC + math.log(2 * math.pi)).sum()
+        return -0.5 * (squared + self.logvar_LC + math.log(2 * math.pi)).sum(-1)
 
     def entropy(self) -> Tensor:
         """-E_q[log q], the term that stage 2 weighs by beta (paper eq. 3.18)."""
@@ -247,10 +251,14 @@ class Modality(nn.Module, ABC):
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
         """Term -> number of positions its sum runs over, without running the network."""
 
-    def log_prob(self, observation: Tensor, latent: Latent, known: int) -> Tensor:
+    def close(self, observation: Tensor) -> Tensor:
+        """The observation with its end marked (text: eos)."""
+        return observation
+
+    def log_prob(self, observation: Tensor, latent: Latent, start: int, stop: int) -> Tensor:
         """log p(x | z) of what each latent stands for [L], in nats, where the observation is
-        discrete; its first `known` symbols are given and do not count."""
-        del observation, latent, known
+        discrete; its symbols from `start` to `stop` count, the others are given or fill up."""
+        del observation, latent, start, stop
         raise ValueError(f"{type(self).__name__} has no decoder density, so it cannot be scored")
 
     def log_scale(self) -> Tensor:

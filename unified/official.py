@@ -90,7 +90,10 @@ VAE_UNREAD: dict[str, Any] = {
     "init_std": 0.02,
     "init_cutoff_factor": 3,
 }
-HUGGING_FACE = {"architectures", "dtype", "torch_dtype", "model_type", "transformers_version"}
+HUGGING_FACE = {
+    "architectures", "dtype", "torch_dtype", "model_type", "transformers_version", "auto_map",
+    "_name_or_path",
+}  # fmt: skip
 #: class defaults of the official configurations, where ours differ or have no such key
 DIT_DEFAULTS = {
     "txt_in_channels": 16, "txt_out_channels": 16, "txt_dim": 2048, "emb_dim": 2048, "heads": 16,
@@ -183,6 +186,7 @@ def convert_fields(
     check_keys(vae, {*VAE_FIELDS}, VAE_FIXED, VAE_UNREAD, vae_file)
     dit = DIT_DEFAULTS | dict(dit)
     text = {"type": "text", **VAE_DEFAULTS, **{k: vae[k] for k in VAE_FIELDS if k in vae}}
+    text["boundary"] = "right"  # official models never saw a lead
     wanted = {
         "emb_dim": ("txt_dim", dit["txt_dim"]),
         "txt_in_channels": ("the VAE's latent_dim", text["latent_dim"]),

@@ -100,6 +100,7 @@ class UnifiedPipeline:
         that cannot be represented.
         """
         runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
+        size = self._size(runner, size, settings)
         return runner.run([Wish(items, size) for items in given], chosen, seeds)
 
     def stream(
@@ -113,6 +114,7 @@ class UnifiedPipeline:
     ) -> Iterator[dict[int, Any]]:
         """As `generate`, yielding after every block ``{index: its item so far}``."""
         runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
+        size = self._size(runner, size, settings)
         return runner.stream([Wish(items, size) for items in given], chosen, seeds)
 
     def continue_text(
@@ -156,11 +158,13 @@ class UnifiedPipeline:
         num_samples: int = 8,
         estimator: str = "elbo",
         seed: int = 0,
+        ends: bool = True,
         **density: Any,
     ) -> list[Score]:
         """How likely each text of `responses` is, after its prompt if there are prompts.
 
-        `density` holds settings of `DensityConfig`. See `unified.likelihood.score`.
+        A response `ends` where it ends: its end mark is scored too. `density` holds settings of
+        `DensityConfig`. See `unified.likelihood.score`.
         """
         scorer = self.scorer(**density)
         modality = scorer.modality
@@ -175,6 +179,7 @@ class UnifiedPipeline:
                 num_samples,
                 estimator,  # type: ignore[arg-type]
                 seed,
+                ends,
             )
             for prompt, response in zip(given, texts(responses), strict=True)
         ]
@@ -208,6 +213,17 @@ class UnifiedPipeline:
         if name not in self.tasks:
             raise ValueError(f"this model has no task {name!r}; it has {', '.join(self.tasks)}")
         return self.tasks[name]
+
+    def _size(self, runner: Inference, size: Any, settings: Mapping[str, Any]) -> Any:
+        """`size`, or the `max_new_tokens` that a call gives for a target made of blocks."""
+        tokens = settings.get("max_new_tokens")
+        if tokens is None:
+            return size
+        if size is not None or runner.target.block is None:
+            raise ValueError(
+                f"max_new_tokens {tokens} is the size of a text that has no other size"
+            )
+        return tokens
 
     def _new_tokens(self, asked: int | None) -> int:
         return self.config.generation.max_new_tokens if asked is None else asked

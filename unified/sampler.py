@@ -8,6 +8,9 @@ from torch import Tensor
 
 from unified.config import GenerationConfig
 
+#: timesteps closer than this are the same: the steps of a schedule are rounded
+NEAR = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -36,4 +39,4 @@ class Sampler:
     def guides(self, t: Tensor) -> bool:
         """Whether the step that begins at `t` is guided."""
         low, high = self.guidance_interval
-        return self.guided and low <= float(t) <= high
+        return self.guided and low - NEAR <= float(t) <= high + NEAR

@@ -22,7 +22,7 @@ batch (in sample order), C channels of that modality.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -80,6 +80,15 @@ class Layout:
     def filled(self) -> tuple[Segment, ...]:
         """The segments that need an item: all but twins."""
         return tuple(s for s in self.segments if s.copies is None)
+
+    def only(self, kinds: Set[str]) -> Layout:
+        """The segments of these kinds and their part of the table, without guidance."""
+        sees = {
+            q: {k: interval for k, interval in row.items() if k in kinds}
+            for q, row in self.sees.items()
+            if q in kinds
+        }
+        return Layout(tuple(s for s in self.segments if s.kind in kinds), sees)
 
     def is_target(self, segment: Segment) -> bool:
         """True for a segment that generation can produce: it is noisy, or has a noisy twin."""

@@ -81,6 +81,7 @@ def renoise(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 
 def repaint(
     field: Field,
+    z: Tensor,
     known: Tensor,
     where: Tensor,
     noises: Iterator[Tensor],
@@ -90,15 +91,16 @@ def repaint(
     share: float,
     times: int,
 ) -> Tensor:
-    """Partial repaint (paper 5.2, 17.1): `known` [N, C] guides the positions `where` [N, 1].
+    """Partial repaint (paper 5.2, 17.1): noise `z` [N, C] becomes a latent, guided by `known`
+    [N, C] at the positions `where` [N, 1].
 
     In the first `share` (m) of the steps, known positions are put on the path at the step's t, and
     each of these steps is taken `times` (t) times, with the whole block re-noised in between. Then
     the block evolves freely, so the known part need not come out as it went in.
     """
-    step, eps = named(solver), next(noises)
-    z, past = eps, None
-    for i, (t, t_next) in enumerate(pairwise(schedule(num_steps, eps, shift))):
+    step, past = named(solver), None
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    for i, (t, t_next) in enumerate(pairwise(schedule(num_steps, z, shift))):
         guided = i < round(share * num_steps)
         for cycle in range(times if guided else 1):
             if cycle:

@@ -88,11 +88,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder that `save_weights` wrote, sharded or not."""
     if not (folder / INDEX).is_file():
         return read_file(folder / FILE)
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(index["weight_map"].values())):
+    for name in shards(folder / INDEX):
         tensors |= read_file(folder / name)
     return tensors
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, which lie in its folder. ValueError for a broken index."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("its weight_map should name files of its folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: {error}") from None
+    return sorted(names)
 
 
 def check_names(target: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: Path) -> None:

@@ -152,7 +152,10 @@ class ImageModality(Modality):
         squared in area; by default a square of `max_size`."""
         cell, most = self.codec.cell, self.config.max_size
         whole = most // cell * cell if size is None else size
-        height, width = (whole, whole) if isinstance(whole, int) else whole
+        sides = (whole, whole) if isinstance(whole, int) else tuple(whole)
+        if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise ValueError(f"a size is one number of pixels or (height, width), found {size!r}")
+        height, width = sides
         if min(height, width) < cell or height % cell or width % cell or height * width > most**2:
             raise ValueError(
                 f"an image of {height} x {width} pixels cannot be made: both sides must be"

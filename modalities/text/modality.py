@@ -206,7 +206,8 @@ class TextModality(Modality):
         return ids_T[start : start + tokens]
 
     def has_ended(self, observation: Tensor) -> bool:
-        return any(i in self.tokenizer.end_ids for i in observation.tolist())
+        ends = self.tokenizer.end_ids if self.has_tokenizer else set()
+        return any(i in ends for i in observation.tolist())
 
     def grid_for(self, size: int | None) -> tuple[int, ...]:
         """Latents of `size` tokens, rounded up to whole patches; by default `max_tokens`."""
@@ -261,12 +262,16 @@ class TextModality(Modality):
             counts["mask"] = float(sum(self._hidden(o) for o in observations))
         return counts
 
-    def log_prob(self, observation: Tensor, latent: Latent, known: int) -> Tensor:
-        """Tokens that are pads, unknown or among the first `known` count 0."""
+    def close(self, observation: Tensor) -> Tensor:
+        return torch.cat([observation, observation.new_full((1,), self.tokenizer.eos_id)])
+
+    def log_prob(self, observation: Tensor, latent: Latent, start: int, stop: int) -> Tensor:
+        """Pads and unknown tokens never count."""
         logits_TV = wide(self.logits([latent])[0])
         wanted_T = torch.where(self._is_real(observation), observation, 0).to(logits_TV.device)
         found_T = logits_TV.log_softmax(-1).gather(1, wanted_T[:, None])[:, 0]
-        counts_T = self._is_real(observation) & (torch.arange(len(observation)) >= known)
+        place_T = torch.arange(len(observation))
+        counts_T = self._is_real(observation) & (start <= place_T) & (place_T < stop)
         masked_T = found_T.masked_fill(~counts_T.to(found_T.device), 0.0)
         return masked_T.unflatten(0, (-1, self.config.patch_size)).sum(1)
 
@@ -318,7 +323,8 @@ class TextModality(Modality):
 
     def _is_real(self, ids_T: Tensor) -> Tensor:
         """True for tokens of the text: neither pads nor unknown."""
-        return (ids_T != self.tokenizer.pad_id) & (ids_T != self.unknown_id)
+        real = ids_T != self.unknown_id
+        return real & (ids_T != self.tokenizer.pad_id) if self.has_tokenizer else real
 
     def _real(self, ids_T: Tensor) -> int:
         return int(self._is_real(ids_T).sum())
@@ -331,10 +337,10 @@ class TextModality(Modality):
         return self.network.encoder.wte.weight.device
 
     def _batch(self, observations: Sequence[Tensor]) -> Tensor:
-        pad = self.tokenizer.pad_id
-        return pad_sequence(list(observations), batch_first=True, padding_value=pad).to(
-            self._device
-        )
+        """Ids [B, T], filled up with unknown ones, which are no targets."""
+        filler = self.unknown_id
+        ids_BT = pad_sequence(list(observations), batch_first=True, padding_value=filler)
+        return ids_BT.to(self._device)
 
     def _cross_entropy(self, latents: Sequence[Latent], targets: Sequence[Tensor]) -> Tensor:
         """-log p of all real tokens of the targets, given the latents of their texts; a sum."""

@@ -17,6 +17,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
+from unified.config import GenerationConfig
 
 app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
 
@@ -69,6 +70,6 @@ def run(
         seed,
         few_shot.read_text("utf-8") if few_shot else "",
         checkpoint,
-        **given(settings),
+        **given(GenerationConfig, settings),
     )
     _print([found], as_json)

@@ -19,6 +19,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
+from unified.config import GenerationConfig
 
 app = typer.Typer(no_args_is_help=True, help="Generate text or images from a checkpoint.")
 
@@ -36,7 +37,11 @@ def continuation(
 ) -> None:
     """Continue one or more texts; prints one continuation per prompt."""
     options = given(
-        settings, num_steps=steps, guidance_scale=guidance, max_new_tokens=max_new_tokens
+        GenerationConfig,
+        settings,
+        num_steps=steps,
+        guidance_scale=guidance,
+        max_new_tokens=max_new_tokens,
     )
     pipeline = open_pipeline(checkpoint, trust_remote_code)
     for text in pipeline.continue_text(prompt, seed=seed, **options):
@@ -59,7 +64,11 @@ def captioning(
     images = [_read_image(path) for path in image]
     prompts = None if prompt is None else [prompt] * len(images)
     options = given(
-        settings, num_steps=steps, guidance_scale=guidance, max_new_tokens=max_new_tokens
+        GenerationConfig,
+        settings,
+        num_steps=steps,
+        guidance_scale=guidance,
+        max_new_tokens=max_new_tokens,
     )
     pipeline = open_pipeline(checkpoint, trust_remote_code)
     for text in pipeline.caption(images, prompts=prompts, seed=seed, **options):
@@ -80,9 +89,9 @@ def text_to_image(
 ) -> None:
     """Paint a text; writes one image file."""
     _check_image_name(output)
-    options = given(settings, num_steps=steps, guidance_scale=guidance, size=size)
+    options = given(GenerationConfig, settings, num_steps=steps, guidance_scale=guidance)
     pipeline = open_pipeline(checkpoint, trust_remote_code)
-    (image,) = pipeline.text_to_image([prompt], seed=seed, **options)
+    (image,) = pipeline.text_to_image([prompt], size, seed=seed, **options)
     image.save(output)
     print(output)
 

@@ -17,6 +17,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
+from unified.config import DensityConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model's latent spaces.")
 
@@ -105,5 +106,5 @@ def tokens(
 
     asked = Judge(judge) if judge else None
     pipeline = open_pipeline(checkpoint, trust_remote_code)
-    rows = token_table(pipeline, text, word, samples, seed, asked, **given(density))
+    rows = token_table(pipeline, text, word, samples, seed, asked, **given(DensityConfig, density))
     print(json.dumps([asdict(r) for r in rows], indent=2) if as_json else as_table(rows))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from unified.pipeline import UnifiedPipeline
@@ -46,14 +47,19 @@ def open_pipeline(checkpoint: str, trust_remote_code: bool = False) -> UnifiedPi
     return UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
-def given(settings: Sequence[str] | None = None, **options: Any) -> dict[str, Any]:
-    """The options that were given, and KEY=VALUE settings; the checkpoint's own defaults serve for
-    the others. ValueError for a setting that an option has set already."""
+def given(
+    model: type[BaseModel], settings: Sequence[str] | None = None, **options: Any
+) -> dict[str, Any]:
+    """KEY=VALUE settings, which must be fields of `model`, and the options that were given; the
+    checkpoint's own defaults serve for the others. ValueError for what is unknown, makes no sense
+    or is given twice."""
     from unified.configuring import parse_settings
+    from unified.errors import validated
 
-    chosen = {name: value for name, value in options.items() if value is not None}
-    for name, value in parse_settings(settings or []).items():
-        if name in chosen:
-            raise ValueError(f"{name} is given twice, as an option and as {name}={value}")
-        chosen[name] = value
-    return chosen
+    told = parse_settings(settings or [])
+    for name, value in options.items():
+        if value is not None and name in told:
+            raise ValueError(f"{name} is given twice, as an option and as {name}={told[name]}")
+        if value is not None:
+            told[name] = value
+    return validated(model, told).model_dump(include=set(told))

@@ -85,8 +85,7 @@ class TaskStream:
         """The phase of what may be continued: a prompt can end at any place within a latent."""
         if segment.kind != self._task.continues:
             return 0
-        phases = self.modalities[segment.modality].leads
-        return int(torch.randint(phases, (), generator=generator)) if phases > 1 else 0
+        return draw_lead(self.modalities[segment.modality], generator)
 
     def _check_fits(self, observations: Mapping[str, Tensor]) -> None:
         lengths = {
@@ -100,6 +99,11 @@ class TaskStream:
                 f"the sample has {total} latents ({parts}) and a row holds {self._row_length};"
                 " shorten the item or raise row_length"
             )
+
+
+def draw_lead(modality: Modality, generator: torch.Generator) -> int:
+    """One of the modality's phases; nothing is drawn where there is only one."""
+    return int(torch.randint(modality.leads, (), generator=generator)) if modality.leads > 1 else 0
 
 
 class ItemStream:
@@ -131,6 +135,7 @@ class ItemStream:
         with example.naming():
             item = example[self._modality]
             if self._crop is None:
-                return {"X": modality.observe(item, ends=True)}
+                lead = draw_lead(modality, generator)
+                return {"X": modality.observe(item, ends=True, **({"lead": lead} if lead else {}))}
             whole = modality.observe(item, ends=True, limit=sys.maxsize)
             return {"X": modality.crop(whole, self._crop, generator)}

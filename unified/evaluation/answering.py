@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unified.evaluation.answers import Accuracy, read_rows, score_rows, task_of
+from unified.evaluation.answers import Accuracy, Field, read_rows, score_rows, task_of
 from unified.evaluation.prompts import prompt, truth
 from unified.evaluation.scoring import cut
 from unified.pipeline import read_json, write_json
@@ -46,7 +46,10 @@ def answer_file(
     from tqdm import tqdm
 
     task = task_of(path, task)
-    rows = read_rows(path, ("id",))[:limit]
+    needed: list[Field] = ["id", ("prompt", "question"), ("ground_truth", "answer")]
+    needed += [("prompt", "context")] if task == "squad" else []
+    rows = read_rows(path, needed)[:limit]
+    drop_unfinished(output)
     done = {row["id"]: row for row in read_rows(output, ("id", "generate"))} if _has(output) else {}
     missing = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
     settings = PUBLISHED | settings
@@ -71,13 +74,22 @@ def check_same(output: Path, told: dict[str, Any]) -> None:
     record = output.with_name(f"{output.name}.settings.json")
     if _has(output) and record.is_file():
         before = read_json(record)
-        changed = [k for k in told if before.get(k) != told[k]]
-        if changed:
+        changed = [k for k in {**told, **before} if before.get(k) != told.get(k)]
+        for key in changed[:1]:
             raise ValueError(
-                f"{output} was begun with {changed[0]} {before.get(changed[0])!r}, not"
-                f" {told[changed[0]]!r}; give another --output, or the same settings to continue"
+                f"{output} was begun with {key} {before.get(key)!r}, not {told.get(key)!r}; give"
+                " another --output, or the same settings to continue"
             )
     write_json(record, told)
+
+
+def drop_unfinished(output: Path) -> None:
+    """Cut off a last line that a kill left half-written."""
+    if _has(output):
+        data = output.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            output.write_bytes(whole)
 
 
 def _has(output: Path) -> bool:

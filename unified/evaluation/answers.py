@@ -27,7 +27,11 @@ class Accuracy:
     paper: float
 
 
-def read_rows(path: Path | str, required: Sequence[str]) -> list[dict[str, Any]]:
+#: a field that a row must have, or several of which it must have one
+Field = str | tuple[str, ...]
+
+
+def read_rows(path: Path | str, required: Sequence[Field]) -> list[dict[str, Any]]:
     """The objects of a file. ValueError names file and line for one that is broken, lacks a
     `required` field or repeats an id."""
     path = Path(path)
@@ -35,9 +39,12 @@ def read_rows(path: Path | str, required: Sequence[str]) -> list[dict[str, Any]]
         raise ValueError(f"there is no file {path}")
     rows, seen = [], set()
     for place, row in read_objects(path):
-        missing = [name for name in required if name not in row]
+        choices = [(field,) if isinstance(field, str) else field for field in required]
+        missing = [" or ".join(names) for names in choices if not set(names) & set(row)]
         if missing:
             raise ValueError(f"{place} lacks {', '.join(missing)}; it has {', '.join(row)}")
+        if not isinstance(row["id"], str | int):
+            raise ValueError(f"{place} has the id {row['id']!r}, but it should be a number or text")
         if row["id"] in seen:
             raise ValueError(f"{place} repeats the id {row['id']!r}")
         seen.add(row["id"])
@@ -49,7 +56,8 @@ def read_rows(path: Path | str, required: Sequence[str]) -> list[dict[str, Any]]
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's object, and where it stands, for error messages."""
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    # a text may hold other line separators, which JSON does not escape
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         place = f"{path}, line {number},"
         if not line.strip():
             continue

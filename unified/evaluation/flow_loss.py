@@ -63,15 +63,7 @@ def target_layout(task: Task) -> Layout:
     """The task's layout without any noisy segment but the target's, and without guidance."""
     whole = task.layout
     noisy = noisy_kind(whole, task.generates)
-    kept = closure(whole.sees, noisy) | {task.generates}
-    return Layout(
-        tuple(s for s in whole.segments if s.kind in kept),
-        {
-            q: {k: v for k, v in row.items() if k in kept}
-            for q, row in whole.sees.items()
-            if q in kept
-        },
-    )
+    return whole.only(closure(whole.sees, noisy) | {task.generates})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,20 +53,32 @@ class Interval:
 
 
 def bootstrap(
-    values: Tensor, level: float = 0.95, resamples: int = 4000, seed: int = 0
+    values: Tensor,
+    level: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+    groups: Sequence[Hashable] | None = None,
 ) -> Interval:
     """The mean of `values` [E] with its interval: E values are drawn anew, with replacement,
     `resamples` times, and the middle share `level` of the means so found is kept.
 
+    With `groups`, whole groups are drawn, since values of one group are not independent.
     ValueError for no values, and for one that is not finite.
     """
     values_E = values.double().flatten().cpu()
     if not len(values_E) or not values_E.isfinite().all():
         raise ValueError(f"the bootstrap needs finite values, found {len(values_E)} of them")
-    drawn_SE = torch.randint(
-        len(values_E), (resamples, len(values_E)), generator=generator(seed, "bootstrap")
+    names = range(len(values_E)) if groups is None else groups
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    of_E = torch.tensor([places[name] for name in names])
+    sums_G, counts_G = (
+        torch.zeros(len(places), dtype=torch.float64).index_add(0, of_E, x)
+        for x in (values_E, torch.ones_like(values_E))
     )
-    means_S = values_E[drawn_SE].mean(1)
+    drawn_SG = torch.randint(
+        len(places), (resamples, len(places)), generator=generator(seed, "bootstrap")
+    )
+    means_S = sums_G[drawn_SG].sum(1) / counts_G[drawn_SG].sum(1)
     tail = (1 - level) / 2
     low, high = torch.quantile(means_S, torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Interval(float(values_E.mean()), float(low), float(high), len(values_E))

@@ -28,7 +28,6 @@ KINDS: dict[str, Kind] = {
     "squad": "text",
 }
 
-LETTER = re.compile(r"\W*([A-Za-z])\W*")
 STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|=|:)?\s*[\(\[]?([A-Za-z])(?=[\s\W]|$)", re.I)
 BRACKETED = re.compile(r"[\(\[]([A-Za-z])[\)\]]")
 SEGMENT = re.compile(r"(?:final\s+)?answer\s*(?:is|=|:)\s*(.+)", re.I)

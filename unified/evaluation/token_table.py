@@ -12,6 +12,7 @@ latent that is scored also holds the tokens just before.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,10 @@ def token_table(
 
 def _found(text: str, word: str) -> tuple[str, str]:
     """The text before `word`, and the word with the space in front of it."""
-    at = text.find(word)
-    if at < 0 or not word:
+    found = re.search(rf" ?(?<!\w){re.escape(word)}(?!\w)", text) if word else None
+    if found is None:
         raise ValueError(f"the word {word!r} is not in the text")
-    at -= text[at - 1 : at] == " "
-    return text[:at], text[at : at + len(word) + 1].rstrip()
+    return text[: found.start()], found[0]
 
 
 def _row(

@@ -17,29 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+
+from unified.config import DensityConfig
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Slope = Callable[[Tensor, Tensor], Tensor]
-
-
-class DensityConfig(BaseModel):
-    """How a density is computed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    solver: Literal["euler", "heun", "rk4", "dopri5"] = "rk4"
-    #: steps of a fixed-step solver; dopri5 chooses its own, to a relative and absolute tolerance
-    num_steps: int = Field(16, gt=0)
-    tolerance: float = Field(1e-5, gt=0, allow_inf_nan=False)
-    trace: Literal["hutchinson", "exact"] = "hutchinson"
-    probes: Literal["rademacher", "gaussian"] = "rademacher"
-    #: probes that are averaged
-    num_probes: int = Field(1, gt=0)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ def as_table(score: Score) -> str:
     rows = [(str(i), block) for i, block in enumerate(score.blocks, 1)] + [("sum", told["total"])]
     lines += [f"{name:>9}" + "".join(f"{b[c]:12.3f}" for c in COLUMNS) for name, b in rows]
     for name in ("response", "joint", "prefix"):
-        found = told[name]
+        found = getattr(score, name)
         if found is not None:
-            lines.append(f"{name:>11}: {found['value']:.3f} +- {found['standard_error']:.3f} nats")
+            lines.append(f"{name:>11}: {found.value:.3f} +- {found.standard_error:.3f} nats")
     lines.append(f"conditional: {score.conditional:.3f} nats (joint - prefix)")
     ppl = ", ".join(f"{name} {value:.4g}" for name, value in told["perplexity"].items())
     lines.append(f" perplexity: {ppl} over {score.tokens} tokens")

@@ -12,8 +12,11 @@ so one ODE gives ``log p(z(b) | z(<b))`` of every block at once. The score of bl
 averaged over posterior samples (10.21). In a block that the prompt ends in, the prompt's latents
 are held clean and only the response's are counted. Densities are those of the encoder's own space:
 the Jacobian of the latent normalisation is in the prior and in the posterior term, and cancels in
-the sum. A text that does not fill its last block is padded, as in training; pads count in the prior
-and the posterior, not in the decoder's term.
+the sum.
+
+A text that does not fill its last block is closed and padded as in training. The latents beyond its
+end count in the prior and the posterior but stand for nothing that is scored, so that the sum stays
+a bound: it is what a text of that beginning, with any end, has at least.
 
 Shape legend: K posterior samples, B blocks, b latents of a block, L = B b, C channels, D = b C.
 """
@@ -28,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified.config import DensityConfig
 from unified.likelihood.bounds import Estimate, Estimator, estimate
-from unified.likelihood.cnf import DensityConfig, log_density
-from unified.modality import Latent, Modality, Posterior
+from unified.likelihood.cnf import log_density
+from unified.modality import Latent, Modality
 from unified.prior import Prior
 from unified.randomness import derive, generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
@@ -73,7 +77,7 @@ class Score:
     def as_json(self) -> dict[str, Any]:
         total = {name: sum(b[name] for b in self.blocks) for name in self.blocks[0]}
         return {
-            **asdict(self),
+            **without_nan(asdict(self)),
             "total": total,
             "perplexity": {
                 "response": self.perplexity(self.response.value),
@@ -82,6 +86,13 @@ class Score:
             },
             "bits_per_token": -self.response.value / self.tokens / math.log(2),
         }
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class Scorer:
@@ -100,13 +111,7 @@ class Scorer:
             raise ValueError(f"segment {target} has no blocks, so it has no score by block")
         self.prior, self.modality = prior.eval(), modality.eval()
         self.target, self.name, self.block = target, segment.modality, segment.block
-        kinds = {s.kind for s in layout.segments if target in (s.kind, s.copies)}
-        sees = {
-            q: {k: i for k, i in row.items() if k in kinds}
-            for q, row in layout.sees.items()
-            if q in kinds
-        }
-        self.layout = Layout(tuple(s for s in layout.segments if s.kind in kinds), sees)
+        self.layout = layout.only({s.kind for s in layout.segments if target in (s.kind, s.copies)})
         self.config = config or DensityConfig()
 
     def terms(self, ids_T: Tensor, known: int, samples: int, seed: int) -> Terms:
@@ -117,7 +122,9 @@ class Scorer:
         """
         if samples < 1:
             raise ValueError(f"a score needs at least 1 posterior sample, {samples} were asked for")
-        filled_T = self.modality.pad(ids_T, self.block, "right")
+        whole = len(ids_T) % (self.block * self.modality.symbols) == 0
+        closed_T = ids_T if whole else self.modality.close(ids_T)
+        filled_T = self.modality.pad(closed_T, self.block, "right")
         with torch.no_grad():
             (posterior,) = self.modality.encode([filled_T])
         noise = [generator(seed, "posterior", k) for k in range(samples)]
@@ -128,17 +135,19 @@ class Scorer:
         held = known // self.modality.symbols
         free_L = torch.arange(shape[0]) >= held
         first = held // self.block
-        log_q_KL = log_gaussian(posterior, z_KLC) + self._jacobian()
+        log_q_KL = posterior.log_density(z_KLC) + self._jacobian()
         with torch.no_grad():
+            latents = [Latent(z, (len(z),)) for z in z_KLC]
+            told = (known, len(ids_T))
             log_x_KL = torch.stack(
-                [self.modality.log_prob(filled_T, Latent(z, (len(z),)), known) for z in z_KLC]
+                [self.modality.log_prob(filled_T, z, *told).to(log_q_KL) for z in latents]
             )
         prior_KB = self._prior(z_KLC, free_L, seed)
         free_KL = free_L.to(log_q_KL).expand_as(log_q_KL)
         return Terms(
             prior_KB[:, first:],
             self._by_block(log_q_KL * free_KL)[:, first:],
-            self._by_block(log_x_KL.to(log_q_KL))[:, first:],
+            self._by_block(log_x_KL)[:, first:],
         )
 
     def _prior(self, z_KLC: Tensor, free_L: Tensor, seed: int) -> Tensor:
@@ -185,13 +194,6 @@ class Noisy:
         return self.scorer.prior(batch)[name][self.twins].to(z_GD.dtype).reshape(z_GD.shape)
 
 
-def log_gaussian(posterior: Posterior, z_KLC: Tensor) -> Tensor:
-    """log q(z | x) of every latent [K, L]."""
-    mean, logvar = posterior.mean_LC, posterior.logvar_LC
-    squared = (z_KLC - mean) ** 2 * torch.exp(-logvar)
-    return -0.5 * (squared + logvar + math.log(2 * math.pi)).sum(-1)
-
-
 def score(
     scorer: Scorer,
     prompt: Tensor | None,
@@ -199,11 +201,14 @@ def score(
     samples: int = 8,
     estimator: Estimator = "elbo",
     seed: int = 0,
+    ends: bool = True,
 ) -> Score:
     """Score the ids of `response` after those of `prompt` (None: from the beginning).
 
-    A prompt is filled up to whole latents as generation does, so that none holds parts of both.
+    The end mark counts as the response's last token if it `ends`. With the boundary ``lead``, a
+    prompt is filled up to whole latents as generation does, so that none holds parts of both.
     """
+    response = scorer.modality.close(response) if ends else response
     if prompt is not None and scorer.modality.boundary == "lead":
         prompt = scorer.modality.pad(prompt, 1, "lead")
     start = 0 if prompt is None else len(prompt)

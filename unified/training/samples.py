@@ -41,7 +41,7 @@ def generate(
         for e in examples
     ]
     layouts = {name: t.layout for name, t in pipeline.tasks.items()}
-    sampler = Sampler(config.num_steps, config.guidance_scale, config.solver)
+    sampler = Sampler.of(config)
     latents = Generator(pipeline.prior, layouts).run(task, target, requests, sampler)
     modality = pipeline.modalities[layout[target].modality]
     return [modality.realise(o) for o in modality.decode(latents)]
