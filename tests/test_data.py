@@ -35,6 +35,7 @@ class Letters:
     """A modality of letters: a member is ASCII text, an observation its codes, 0 the end."""
 
     extensions = ("txt", "text")
+    leads = 1
 
     def read(self, data: bytes) -> str:
         return data.decode("ascii")
