@@ -145,11 +145,12 @@ def test_a_stopped_run_goes_on_and_scores_the_same(tmp_path: Path) -> None:
     rows = [{"id": i, "prompt": "w " * i, "ground_truth": str(i)} for i in range(1, 8)]
     questions = write(tmp_path / "lambada.jsonl", *rows)
     whole = answer_file(Echo(), "lambada", questions, tmp_path / "a", batch_size=2)  # type: ignore[arg-type]
+    told: Any = {"guidance_interval": (0.2, 1.0), "batch_size": 2}
     first = Echo(fail_at=4)
     with pytest.raises(KeyboardInterrupt):
-        answer_file(first, "lambada", questions, tmp_path / "b", batch_size=2)  # type: ignore[arg-type]
+        answer_file(first, "lambada", questions, tmp_path / "b", **told)  # type: ignore[arg-type]
     rest = Echo()
-    again = answer_file(rest, "lambada", questions, tmp_path / "b", batch_size=2)  # type: ignore[arg-type]
+    again = answer_file(rest, "lambada", questions, tmp_path / "b", **told)  # type: ignore[arg-type]
     assert len(first.asked) == 4
     assert len(rest.asked) == 3
     assert again == whole
@@ -165,11 +166,20 @@ def test_a_line_that_a_kill_left_half_written_is_made_again(tmp_path: Path) -> N
     questions = write(tmp_path / "lambada.jsonl", *rows)
     answer_file(Echo(), "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
     whole = (tmp_path / "a").read_text()
-    (tmp_path / "a").write_text(whole[:-9])
-    rest = Echo()
-    answer_file(rest, "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
-    assert len(rest.asked) == 1
-    assert (tmp_path / "a").read_text() == whole
+    for left, again in ((whole[:-9], 1), (whole[:9], 4)):
+        (tmp_path / "a").write_text(left)
+        rest = Echo()
+        answer_file(rest, "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
+        assert len(rest.asked) == again
+        assert (tmp_path / "a").read_text() == whole
+
+
+def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+    questions = write(tmp_path / "lambada.jsonl", {"id": 1, "prompt": "w", "ground_truth": "1"})
+    (tmp_path / "a").write_text("no line break")
+    with pytest.raises(ValueError, match="was not begun here; give another --output"):
+        answer_file(Echo(), "lambada", questions, tmp_path / "a")  # type: ignore[arg-type]
+    assert (tmp_path / "a").read_text() == "no line break"
 
 
 def test_other_line_separators_are_text(tmp_path: Path) -> None:

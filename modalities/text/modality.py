@@ -66,6 +66,7 @@ class TextModality(Modality):
 
     Config = TextConfig
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
+    tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer | None):
         super().__init__()

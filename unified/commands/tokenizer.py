@@ -17,9 +17,10 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write."
 
 
 def _class() -> Any:
-    from importlib import import_module
+    from unified.registry import resolve
 
-    return import_module("unified.modalities.text.tokenizer").Tokenizer
+    text: Any = resolve("modality", "text")
+    return text.tokenizer_class
 
 
 @app.command("train")

@@ -46,15 +46,11 @@ def answer_file(
     from tqdm import tqdm
 
     task = task_of(path, task)
-    needed: list[Field] = ["id", ("prompt", "question"), ("ground_truth", "answer")]
-    needed += [("prompt", "context")] if task == "squad" else []
-    rows = read_rows(path, needed)[:limit]
-    drop_unfinished(output)
-    done = {row["id"]: row for row in read_rows(output, ("id", "generate"))} if _has(output) else {}
-    missing = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
+    rows = questions(path, task)[:limit]
     settings = PUBLISHED | settings
-    told = {"task": task, "seed": seed, "examples": examples, **settings}
-    check_same(output, told | {"checkpoint": checkpoint})
+    told = {"task": task, "seed": seed, "examples": examples, "checkpoint": checkpoint}
+    done = begin(output, told | settings)
+    missing = [(i, row) for i, row in enumerate(rows) if row["id"] not in done]
     with output.open("a", encoding="utf-8") as file, tqdm(total=len(missing), disable=None) as bar:
         for batch in _batches(missing, batch_size):
             prompts = [prompt(task, row, examples) for _, row in batch]
@@ -68,32 +64,43 @@ def answer_file(
     return score_rows(task, [done[row["id"]] for row in rows])
 
 
-def check_same(output: Path, told: dict[str, Any]) -> None:
-    """Write beside `output` how it is answered, or ValueError if it was begun in another way."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+def questions(path: Path, task: str) -> list[dict[str, Any]]:
+    """The rows of a file that can all be asked and scored."""
+    needed: list[Field] = ["id", ("prompt", "question"), ("ground_truth", "answer")]
+    needed += [("prompt", "context")] if task == "squad" else []
+    return read_rows(path, needed)
+
+
+def begin(output: Path, told: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+    """Answers that `output` holds already, by id; how it is answered is written beside it.
+
+    ValueError if it was begun in another way, or is no file of this command's.
+    """
     record = output.with_name(f"{output.name}.settings.json")
-    if _has(output) and record.is_file():
-        before = read_json(record)
-        changed = [k for k in {**told, **before} if before.get(k) != told.get(k)]
-        for key in changed[:1]:
-            raise ValueError(
-                f"{output} was begun with {key} {before.get(key)!r}, not {told.get(key)!r}; give"
-                " another --output, or the same settings to continue"
-            )
-    write_json(record, told)
+    if not (output.is_file() and output.stat().st_size):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, told)
+        return {}
+    if not record.is_file():
+        raise ValueError(f"{output} exists and was not begun here; give another --output")
+    before, told = read_json(record), json.loads(json.dumps(told))  # as JSON keeps it
+    for key in (k for k in {**told, **before} if before.get(k) != told.get(k)):
+        raise ValueError(
+            f"{output} was begun with {key} {before.get(key)!r}, not {told.get(key)!r}; give"
+            " another --output, or the same settings to continue"
+        )
+    if not drop_unfinished(output):
+        return {}
+    return {row["id"]: row for row in read_rows(output, ("id", "generate"))}
 
 
-def drop_unfinished(output: Path) -> None:
-    """Cut off a last line that a kill left half-written."""
-    if _has(output):
-        data = output.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            output.write_bytes(whole)
-
-
-def _has(output: Path) -> bool:
-    return output.is_file() and output.stat().st_size > 0
+def drop_unfinished(output: Path) -> bool:
+    """Cut off a last line that a kill left half-written; whether anything is left."""
+    data = output.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        output.write_bytes(whole)
+    return bool(whole)
 
 
 def _batches(items: list[Any], size: int) -> Iterable[list[Any]]:
