@@ -168,7 +168,7 @@ def measure(variant: str, out: Path, count: int) -> dict[str, Any]:
                 "accuracy": sure(right[rows], [t for t, r in zip(asked, rows, strict=True) if r]),
                 "reconstruction": float(back[rows].mean()),
             }
-            for phase, rows in (("even", ~odd), ("odd", odd))
+            for phase, rows in (("even", ~odd), ("odd", odd), ("both", odd | ~odd))
         },
     }
 
@@ -176,7 +176,7 @@ def measure(variant: str, out: Path, count: int) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     lines = ["| model | length | trials | next word right | tokens back |", "|---|---|---|---|---|"]
     for r in results:
-        for phase in ("even", "odd"):
+        for phase in ("even", "odd", "both"):
             found = r[phase]
             back = f"{100 * found['reconstruction']:.1f}%"
             right = percent(found["accuracy"])
@@ -198,7 +198,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/patch"))
     parser.add_argument("--vae-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--trials", type=int, default=1000, help="of even, and of odd length")
+    parser.add_argument(
+        "--trials", type=int, default=1500, help="at most, of even, and of odd length"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     chosen = [args.variant] if args.variant else list(VARIANTS)
