@@ -198,9 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/patch"))
     parser.add_argument("--vae-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument(
-        "--trials", type=int, default=1500, help="at most, of even, and of odd length"
-    )
+    parser.add_argument("--trials", type=int, default=1500, help="at most, of either length")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     chosen = [args.variant] if args.variant else list(VARIANTS)
