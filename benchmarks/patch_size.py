@@ -25,7 +25,9 @@ from unified.config import Config
 from unified.data.shards import read_shards
 from unified.evaluation.metrics import bootstrap
 from unified.pipeline import UnifiedPipeline
+from unified.training import checkpoint
 from unified.training.run import train
+from unified.weights import assign, named_tensors, read_file
 
 PROSE = "embedded:prose/{}-00000.tar"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
                 "sources": {"prose": {s: [PROSE.format(s)] for s in ("train", "val")}},
             },
             "flow": {"timesteps": {"text": {"loc": 2.0, "scale": 1.5}}, "clean_prefix_rate": 0.3},
-            "training": {"trackers": [], "save_every": 200, "validate_every": 400},
+            "training": {"trackers": [], "save_every": 200, "validate_every": 200},
             "stages": [
                 {
                     "name": "text_vae", "objective": "autoencoder", "modality": "text",
@@ -151,8 +153,20 @@ def sure(values: torch.Tensor, asked: list[Trial]) -> dict[str, float]:
     return asdict(bootstrap(values, groups=[trial.passage for trial in asked]))
 
 
+def best(run: Path) -> tuple[UnifiedPipeline, int]:
+    """The model at its lowest validation loss, and that step: the models overfit at other times."""
+    pipeline = UnifiedPipeline.from_pretrained(run / "final")
+    found = checkpoint.steps(run / "checkpoints", "joint")
+    state: Any = checkpoint.read_state(found[max(found)])
+    step = int(state["progress"]["best_step"])
+    averages = read_file(found[step] / "ema.safetensors")
+    mine = {n.removeprefix("prior."): t for n, t in averages.items() if n.startswith("prior.")}
+    assign(named_tensors(pipeline.prior), mine, found[step])
+    return pipeline, step
+
+
 def measure(variant: str, out: Path, count: int) -> dict[str, Any]:
-    pipeline = UnifiedPipeline.from_pretrained(out / variant / "final")
+    pipeline, step = best(out / variant)
     asked = trials(pipeline, count)
     odd = torch.tensor([trial.length % 2 == 1 for trial in asked])
     right, back = hits(pipeline, asked), reconstruction(pipeline, asked)
@@ -161,6 +175,7 @@ def measure(variant: str, out: Path, count: int) -> dict[str, Any]:
     says = torch.tensor([float(trial.word == common) for trial in asked])
     return {
         "variant": variant,
+        "step": step,
         "unigram": {"word": common, "accuracy": sure(says, asked)},
         **{
             phase: {
@@ -180,7 +195,8 @@ def table(results: list[dict[str, Any]]) -> str:
             found = r[phase]
             back = f"{100 * found['reconstruction']:.1f}%"
             right = percent(found["accuracy"])
-            lines.append(f"| {r['variant']} | {phase} | {found['trials']} | {right} | {back} |")
+            name = f"{r['variant']}, step {r['step']}"
+            lines.append(f"| {name} | {phase} | {found['trials']} | {right} | {back} |")
     unigram = results[0]["unigram"]
     lines.append(f'| always "{unigram["word"]}" | | | {percent(unigram["accuracy"])} | |')
     return "\n".join(lines)
