@@ -99,6 +99,25 @@ def test_train_reads_texts_lines_and_shards(tmp_path: Path, capsys: Any) -> None
     assert "vocab_size 9 is too small" in small
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"\xff\xfe", "a.txt should be text in UTF-8: invalid start byte, byte 0"),
+        ("a.jsonl", b"\xff\xfe", "a.jsonl should be text in UTF-8"),
+        ("a.jsonl", b"", "there is no text in"),
+        ("a.txt", b"", "there is no text in"),
+    ],
+)
+def test_a_source_without_text_is_named(
+    tmp_path: Path, capsys: Any, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    output = tmp_path / "out"
+    given = [str(tmp_path / name), "--vocab-size", "300", "--output", str(output)]
+    assert says in run(capsys, "train", *given, code=2)
+    assert not output.exists()
+
+
 def test_convert_writes_a_folder(tmp_path: Path, capsys: Any) -> None:
     ranks = rank_file(tmp_path / "cl100k.tiktoken")
     told = run(capsys, "convert", str(ranks), "--output", str(tmp_path / "out"))

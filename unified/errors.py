@@ -19,6 +19,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def as_text(data: bytes, place: object) -> str:
+    """`data` as text; ValueError says where the bytes that are no UTF-8 stand."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place} should be text in UTF-8: {error.reason}, byte {error.start}"
+        ) from None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown `name`: the nearest known one, or all of them."""
     known = sorted(known)

@@ -18,6 +18,7 @@ from unified.commands.options import (
     open_pipeline,
 )
 from unified.config import GenerationConfig
+from unified.errors import as_text
 
 app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
 
@@ -68,7 +69,7 @@ def run(
         limit,
         batch_size,
         seed,
-        few_shot.read_text("utf-8") if few_shot else "",
+        as_text(few_shot.read_bytes(), few_shot) if few_shot else "",
         checkpoint,
         **given(GenerationConfig, settings),
     )

@@ -33,7 +33,10 @@ def train(
     field: Annotated[str, typer.Option(help="Which field of a .jsonl line is text.")] = "text",
 ) -> None:
     """Train a tokenizer on text."""
-    tokenizer = _class().train(_texts(sources, field), vocab_size)
+    texts = [text for text in _texts(sources, field) if text]
+    if not texts:
+        raise ValueError(f"there is no text in {', '.join(sources)} to train a tokenizer on")
+    tokenizer = _class().train(texts, vocab_size)
     tokenizer.save(output)
     print(f"{output}: {len(tokenizer)} tokens")
 
@@ -63,16 +66,17 @@ def show(
 def _texts(sources: list[str], field: str) -> Iterator[str]:
     """All texts of files (as they are), of .jsonl lines, or of the .txt members of shards."""
     from unified.data.shards import read_shards
+    from unified.errors import as_text
     from unified.evaluation.answers import read_objects
 
     for source in sources:
         if source.endswith(".tar"):
-            found = (e.members.get("txt") for e in read_shards(source))
-            yield from (data.decode("utf-8") for data in found if data is not None)
+            for e in read_shards(source):
+                yield as_text(e.members.get("txt", b""), f"shard {source}, example {e.key}")
         elif source.endswith(".jsonl"):
             for place, row in read_objects(Path(source)):
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"{place} has no text in {field!r}; name another with --field")
                 yield row[field]
         else:
-            yield Path(source).read_text("utf-8")
+            yield as_text(Path(source).read_bytes(), source)

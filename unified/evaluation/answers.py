@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unified.errors import as_text
 from unified.evaluation.scoring import KINDS, Verdict, cut, official, paper
 
 RULES: dict[str, Callable[..., Verdict]] = {"official": official, "paper": paper}
@@ -57,7 +58,7 @@ def read_rows(path: Path | str, required: Sequence[Field]) -> list[dict[str, Any
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's object, and where it stands, for error messages."""
     # a text may hold other line separators, which JSON does not escape
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(as_text(path.read_bytes(), path).split("\n"), 1):
         place = f"{path}, line {number},"
         if not line.strip():
             continue
