@@ -35,7 +35,7 @@ class Emoji:
 
 def read_emoji(source: Source, modalities: Mapping[str, Modality]) -> list[Emoji]:
     """All examples of a split. ValueError for one whose metadata is not an emoji's."""
-    return [_read(Example(source[index], modalities)) for index in range(len(source))]
+    return [_read(Example(raw, modalities)) for raw in source]
 
 
 def _read(example: Example) -> Emoji:

@@ -128,7 +128,8 @@ class _Run:
         self.own_loss = cache(self._own_loss)
 
     def _source(self, task: str, split: str) -> Source:
-        return self.sources(self.pipeline.tasks[task].config.source, split)
+        (source,) = self.pipeline.tasks[task].config.sources
+        return self.sources(source, split)
 
     def _emoji(self, split: str) -> list[Emoji]:
         return read_emoji(self._source(PAINTING, split), self.pipeline.modalities)

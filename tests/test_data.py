@@ -21,7 +21,9 @@ from unified.config import SourceConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
 from unified.data.mixture import Feed, Mixture
+from unified.data.order import Order
 from unified.data.prefetch import prefetch
+from unified.data.remote import Access
 from unified.data.shards import read_shards
 from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
@@ -100,6 +102,10 @@ def mixture(feeds: list[Feed], batch_size: int = 4, **options: Any) -> Mixture:
     return Mixture(feeds, batch_size=batch_size, seed=3, stage="joint", **options)
 
 
+def keys(m: Mixture, steps: int) -> list[str]:
+    return [prepared.key for step in range(steps) for prepared in m.batch(step)]
+
+
 def summary(batch: list[Prepared]) -> list[Any]:
     return [(p.stream, p.key, p.slot, p.observations["X"].tolist()) for p in batch]
 
@@ -142,12 +148,46 @@ def test_nothing_is_unpickled(tmp_path):
     assert Example(example, MODALITIES)["letters"] == "x"
 
 
-@pytest.mark.parametrize("url", ["pipe:touch hacked", "http://host/s.tar", "s3://bucket/s.tar"])
-def test_only_local_files_are_read(url, tmp_path, monkeypatch):
+@pytest.mark.parametrize("url", ["pipe:touch hacked", "s3://bucket/s.tar"])
+def test_what_may_not_or_cannot_be_fetched_is_refused(url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"give (the|its) path"):
         read_shards(url)
+    with pytest.raises(ValueError, match=r"give (the|its) path"):
+        Source("s", url)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_runs_where_it_is_allowed_and_once(tmp_path):
+    write(tmp_path / "s.tar", {"0": {"txt": b"x"}})
+    access = Access(str(tmp_path / "cache"), allow_pipes=True)
+    url = f"pipe:echo run >> {tmp_path}/log; cat {tmp_path}/s.tar"
+    for _ in range(2):
+        assert [e.members for e in Source("s", url, access)] == [{"txt": b"x"}]
+    assert (tmp_path / "log").read_text() == "run\n"
+
+
+def test_a_failed_fetch_leaves_nothing_behind(tmp_path):
+    access = Access(str(tmp_path / "cache"), allow_pipes=True)
+    with pytest.raises(ValueError, match=r"nowhere\.tar .*could not be fetched"):
+        list(Source("s", f"pipe:cat {tmp_path}/nowhere.tar 2>/dev/null", access))
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_the_cache_keeps_to_its_size_and_fetches_again(tmp_path):
+    urls = [f"pipe:cat {write(tmp_path / f'{n}.tar', {str(n): {'txt': b'x'}})}" for n in range(3)]
+    size = (tmp_path / "0.tar").stat().st_size
+    access = Access(str(tmp_path / "cache"), cache_gb=1.5 * size / 1e9, allow_pipes=True)
+    source = Source("s", urls, access)
+    entries = [entry for url in urls for entry in source.shard(url)]
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
+    assert [source.read(entry).key for entry in entries] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("prefix", ["file:", "file://"])
+def test_a_file_url_is_a_path(prefix, tmp_path):
+    url = write(tmp_path / "s.tar", {"0": {"txt": b"x"}})
+    assert len(Source("s", prefix + url)) == 1
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -243,7 +283,8 @@ def test_an_example_maps_modalities_to_items(tmp_path):
 def test_a_task_stream_observes_every_segment(tmp_path):
     (raw,) = read_shards(write(tmp_path / "s.tar", {"0": {"txt": b"abcde"}}))
     example, draw = Example(raw, MODALITIES), generator(0)
-    observations = TaskStream("echo", Echo(), MODALITIES, row_length=13).prepare(example, draw)  # type: ignore[arg-type]
+    stream = TaskStream("echo", Echo(), MODALITIES, row_length=13)  # type: ignore[arg-type]
+    observations, _ = stream.prepare(example, draw)
     # P is given: not closed. C is generated: closed, and filled up to whole blocks.
     assert {k: o.tolist() for k, o in observations.items()} == {
         "P": [97],
@@ -253,6 +294,24 @@ def test_a_task_stream_observes_every_segment(tmp_path):
         ValueError, match=r"example 0: .* 13 latents \(P 1 \+ C 6 \+ N 6\) .* holds 12"
     ):
         TaskStream("echo", Echo(), MODALITIES, row_length=12).prepare(example, draw)  # type: ignore[arg-type]
+
+
+def test_a_sample_too_long_is_cut_by_whole_blocks_if_so_configured(tmp_path):
+    (raw,) = read_shards(write(tmp_path / "s.tar", {"0": {"txt": b"abcdefgh"}}))
+    example, draw = Example(raw, MODALITIES), generator(0)
+
+    def cut(row_length: int) -> tuple[list[int], bool]:
+        stream = TaskStream("echo", Echo(), MODALITIES, row_length, "truncate")  # type: ignore[arg-type]
+        observations, truncated = stream.prepare(example, draw)
+        return observations["C"].tolist(), truncated
+
+    whole = [ord(c) for c in "bcdefgh"] + [0]
+    assert cut(17) == (whole, False)
+    # a row of 16 has room for P and 7 of C with their twins: three blocks of two
+    assert cut(16) == (whole[:6], True)
+    assert cut(5) == (whole[:2], True)
+    with pytest.raises(ValueError, match=r"17 latents .* a row holds 4"):
+        cut(4)
 
 
 def test_a_stream_needs_its_modality():
@@ -332,19 +391,24 @@ def test_ratios_must_make_sense(tmp_path, ratios, words):
         mixture([feed(s), feed(s)])
 
 
-def test_bad_examples_are_skipped_counted_and_reported(tmp_path, caplog):
-    m = mixture([feed(source(tmp_path, "s", 20, bad=2))], batch_size=6, max_bad_share=0.1)
+def test_bad_examples_are_replaced_counted_and_reported(tmp_path, caplog):
+    m = mixture([feed(source(tmp_path, "s", 20, bad=2))], batch_size=5, max_bad_share=0.2)
     with caplog.at_level(logging.WARNING):
-        keys = [p.key for step in range(7) for p in m.batch(step)]
-    assert [sorted(keys[i : i + 18]) for i in (0, 18)] == [[f"{i:04}" for i in range(2, 20)]] * 2
-    first = "skipping a bad example, the first of this epoch: shard"
-    report = "source s, stream a, epoch {}: skipped 2 of 20 examples: shard"
-    logged = [first, report.format(0), first, report.format(1), first]
+        keys = [p.key for step in range(12) for p in m.batch(step)]
+    for epoch in (keys[0:20], keys[20:40], keys[40:60]):
+        assert set(epoch) == {f"{i:04}" for i in range(2, 20)}
+    first = "replacing a bad example, the first of this epoch: shard"
     messages = [r.message for r in caplog.records]
-    # the third epoch has begun, and may or may not have met a bad example
-    assert all(m.startswith(e) for m, e in zip(messages, logged, strict=False))
-    assert len(messages) >= 4
+    assert [m.startswith(first) for m in messages] == [True, False, True, False, True]
+    assert messages[1].startswith("source s, stream a, epoch 0: replaced ")
     assert "s.tar, example 000" in caplog.text
+    assert m.bad >= 6
+
+
+def test_a_bad_example_moves_no_other(tmp_path):
+    good, some = source(tmp_path, "good", 40), source(tmp_path, "some", 40, bad=2)
+    one, other = (keys(mixture([feed(s)], max_bad_share=0.2), 10) for s in (good, some))
+    assert sum(a != b for a, b in zip(one, other, strict=True)) == 2
 
 
 def test_too_many_bad_examples_are_an_error(tmp_path):
@@ -358,6 +422,93 @@ def test_nothing_but_bad_examples_is_an_error_not_a_loop(tmp_path, share):
     m = mixture([feed(source(tmp_path, "s", 20, bad=20))], max_bad_share=share)
     with pytest.raises(ValueError, match="too many bad examples"):
         m.batch(0)
+
+
+# ---- windows, processes, workers -----------------------------------------------------------------
+
+
+def shards(folder: Path, sizes: list[int]) -> Source:
+    """Shards of so many examples, whose keys begin with the number of the shard."""
+    urls = [
+        write(folder / f"w{n}.tar", {f"{n}-{i}": {"txt": b"x"} for i in range(size)})
+        for n, size in enumerate(sizes)
+    ]
+    return Source("w", urls)
+
+
+def test_an_epoch_goes_through_windows_of_whole_shards(tmp_path):
+    s = shards(tmp_path, [3, 4, 5, 2, 6])
+    order = Order(s, "a", 0, shuffle_buffer=6)
+    epochs = []
+    for _ in range(2):
+        visited = [order.next().key for _ in range(20)]
+        assert len(set(visited)) == 20
+        epochs.append(visited)
+    assert epochs[0] != epochs[1]
+    # a new shard is opened only when those of the window are used up
+    for visited in epochs:
+        numbers = [int(key.partition("-")[0]) for key in visited]
+        at = {n: [i for i, m in enumerate(numbers) if m == n] for n in set(numbers)}
+        spans = {n: (min(places), max(places)) for n, places in at.items()}
+        assert sum(last - first + 1 for first, last in spans.values()) <= 20 + 3 * 11
+
+
+def test_a_source_in_one_window_is_permuted_as_a_whole(tmp_path):
+    s = shards(tmp_path, [3, 4, 5])
+    one, same, windowed = (
+        [order.next().key for _ in range(24)]
+        for order in (Order(s, "a", 0, 12), Order(s, "a", 0, 10**6), Order(s, "a", 0, 4))
+    )
+    assert one == same != windowed
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 100])
+def test_any_place_in_the_order_can_be_continued(tmp_path, buffer):
+    s = shards(tmp_path, [3, 4, 5, 2])
+    through = Order(s, "a", 1, buffer)
+    taken, states = [], []
+    for _ in range(40):
+        states.append(through.state_dict())
+        taken.append(through.next().key)
+    for start in range(0, 40, 3):
+        resumed = Order(s, "a", 1, buffer)
+        resumed.load_state_dict(json.loads(json.dumps(states[start])))
+        assert [resumed.next().key for _ in range(start, 40)] == taken[start:]
+
+
+def test_only_the_shards_of_a_window_are_indexed(tmp_path):
+    s = shards(tmp_path, [5] * 6)
+    order = Order(s, "a", 0, shuffle_buffer=5)
+    order.next()
+    assert order._coming is not None
+    order._coming.result()
+    assert len(s._indexed) == 2
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_what_one_would_do_alone(tmp_path, processes):
+    feeds = [feed(source(tmp_path, "s", 20, bad=1), "a"), feed(source(tmp_path, "t", 15), "b")]
+    options: Any = {"batch_size": 6, "max_bad_share": 0.2}
+    alone = mixture(feeds, **options)
+    parts = [mixture(feeds, **options, process=i, processes=processes) for i in range(processes)]
+    for step in range(8):
+        whole = summary(alone.batch(step))
+        shared = [summary(part.batch(step)) for part in parts]
+        assert all(len(part) == 6 // processes for part in shared)
+        assert sorted(sum(shared, []), key=lambda p: p[2]) == whole
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing_and_do_not_run_ahead_of_the_state(tmp_path, workers):
+    feeds = [feed(source(tmp_path, "s", 20, bad=1), "a"), feed(shards(tmp_path, [3, 4]), "b")]
+    options: Any = {"max_bad_share": 0.2, "shuffle_buffer": 4}
+    inline, ahead = mixture(feeds, **options), mixture(feeds, **options, workers=workers)
+    for step in range(9):
+        assert summary(ahead.batch(step)) == summary(inline.batch(step))
+        assert ahead.state_dict() == inline.state_dict()
+    resumed = mixture(feeds, **options, workers=workers)
+    resumed.load_state_dict(ahead.state_dict())
+    assert summary(resumed.batch(9)) == summary(inline.batch(9))
 
 
 # ---- prefetching -------------------------------------------------------------------------------

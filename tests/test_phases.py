@@ -90,7 +90,7 @@ def test_training_shows_the_phases(boundary: str, phases: set[int], tmp_path: Pa
     crops, items = (ItemStream("s", "text", pipeline.modalities, crop=c) for c in (3, None))
     for stream, kind in ((task, "C"), (crops, "X"), (items, "X")):
         leads = Counter(
-            int((stream.prepare(example, generator("p", i))[kind] == text.unknown_id).sum())
+            int((stream.prepare(example, generator("p", i))[0][kind] == text.unknown_id).sum())
             for i in range(200)
         )
         assert set(leads) == phases

@@ -53,7 +53,8 @@ class PriorConfig(Part):
 
 class SourceConfig(Part):
     """Shards by split, e.g. ``{train: [a.tar, b.tar], val: [c.tar]}``; paths are relative to the
-    working directory, or ``embedded:NAME`` for the data that ships with the package."""
+    working directory, ``embedded:NAME`` is data that ships with the package, and any URL that
+    webdataset can open is fetched (`DataConfig`)."""
 
     train: list[str]
     val: list[str] = []
@@ -67,6 +68,15 @@ class DataConfig(Part):
     max_bad_share: float = Field(0.01, ge=0, le=1)
     #: steps whose data is prepared ahead, in a thread; 0 prepares each step when it is due
     prefetch: int = Field(2, ge=0)
+    #: processes that read and prepare examples, on each rank; 0 leaves it to that thread
+    workers: int = Field(0, ge=0)
+    #: examples within which the order is a random permutation: whole shards, which are shuffled too
+    shuffle_buffer: int = Field(50_000, gt=0)
+    #: where remote shards are copied to, and (None: no limit) how many GB of them are kept
+    cache_dir: str = "~/.cache/unified/shards"
+    cache_gb: float | None = Field(None, gt=0)
+    #: whether a ``pipe:COMMAND`` URL may run its shell command
+    allow_pipes: bool = False
 
 
 class TimestepConfig(Part):
@@ -137,6 +147,8 @@ class StageConfig(Part):
     accumulate: int = Field(1, gt=0)
     #: positions of a packed row (joint stages)
     row_length: int = Field(256, gt=0)
+    #: a sample longer than a row is a bad example, or its text is cut; both are counted
+    too_long: Literal["error", "truncate"] = "error"
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     interval: IntervalConfig | None = None

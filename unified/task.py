@@ -21,10 +21,17 @@ class TaskConfig(PluginConfig):
 
     #: relative frequency of this task among the examples of a joint stage
     ratio: float = 1.0
-    #: name of the data source its examples come from
-    source: str
+    #: the data source its examples come from, or several with their weights
+    source: str | dict[str, float]
     #: share of noisy images and noisy text blocks relabelled U in training, for guidance
     unconditional_rate: float = 0.1
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Source -> its share of this task's examples."""
+        named = {self.source: 1.0} if isinstance(self.source, str) else self.source
+        total = sum(named.values())
+        return {name: weight / total for name, weight in named.items()} if total else named
 
 
 class Task(ABC):
@@ -60,17 +67,22 @@ class Task(ABC):
         return None
 
     def observe(
-        self, modalities: Mapping[str, Modality], kind: str, item: Any, lead: int = 0
+        self,
+        modalities: Mapping[str, Modality],
+        kind: str,
+        item: Any,
+        lead: int = 0,
+        limit: int | None = None,
     ) -> Tensor:
         """The observation of `item` as segment `kind`, in training and in generation alike.
 
         A segment that generation must learn to end is closed, and one with blocks fills whole
         blocks. A `lead` is drawn in training, for what may be continued from any of the
-        modality's ``leads`` phases.
+        modality's ``leads`` phases. A `limit` of latents goes before that of `limits`.
         """
         segment = self.layout[kind]
         modality = modalities[segment.modality]
         ends = segment.block is not None or self.layout.is_target(segment)
-        limit = self.limits.get(kind)
+        limit = self.limits.get(kind) if limit is None else limit
         phase = {"lead": lead} if lead else {}
         return modality.observe(item, block=segment.block, ends=ends, limit=limit, **phase)

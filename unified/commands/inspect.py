@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import islice
 from typing import Annotated, Any
 
 import typer
@@ -29,13 +30,13 @@ Limit = Annotated[int, typer.Option(min=1, help="At most this many items.")]
 def _observed(checkpoint: str, modality: str, shards: list[str], limit: int, trust: bool) -> Any:
     """(modality, observations of the first `limit` items of `shards`)."""
     from unified.data.examples import Example
-    from unified.data.shards import read_shards
+    from unified.data.source import Source
     from unified.errors import did_you_mean
 
     found = open_pipeline(checkpoint, trust).modalities
     if modality not in found:
         raise ValueError(f"the model has no modality {modality!r}; {did_you_mean(modality, found)}")
-    examples = [Example(raw, found) for raw in read_shards(shards)[:limit]]
+    examples = [Example(raw, found) for raw in islice(Source(modality, shards), limit)]
     return found[modality], [found[modality].observe(e[modality], ends=True) for e in examples]
 
 

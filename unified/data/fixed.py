@@ -19,16 +19,16 @@ def fixed_examples(source: Source, stream: Stream, count: int) -> list[Prepared]
     """
     good: list[Prepared] = []
     reasons: list[str] = []
-    for index in range(len(source)):
-        if len(good) == count:
-            break
-        example = Example(source[index], stream.modalities)
+    for index, raw in enumerate(source):
+        example = Example(raw, stream.modalities)
         try:
-            drawn = stream.prepare(example, generator("fixed", stream.name, index))
+            drawn, cut = stream.prepare(example, generator("fixed", stream.name, index))
         except ValueError as error:
             reasons.append(str(error))
         else:
-            good.append(Prepared(stream.name, example.key, len(good), drawn))
+            good.append(Prepared(stream.name, example.key, len(good), drawn, cut))
+        if len(good) == count:
+            break
     if reasons and not good:
         raise ValueError(f"source {source.name} has no usable example: {reasons[0]}")
     if reasons:

@@ -1,27 +1,36 @@
-"""Which examples each step trains on: a mixture of streams, the same on every process.
+"""Which examples each step trains on: a mixture of feeds, the same for any number of processes.
 
-Each slot of the global batch picks a stream by ratio, and then takes the next index of that
-stream's own epoch, a permutation of its source. Both draws are functions of what they are for::
+Each slot of the global batch picks a feed by ratio, and then takes the next example of that feed's
+`Order`. Both draws are functions of what they are for::
 
-    stream of a slot          (seed, stage, step)    one uniform number per slot
-    permutation of an epoch   (seed, stream, epoch)
+    feed of a slot               (seed, stage, step)    one uniform number per slot
+    order of a feed's examples   (seed, feed, epoch, window)
 
-so the only state is how far each stream has come, and a resumed run continues exactly. Every
-process prepares the whole global batch and keeps its own part: whether an example is bad, which
-moves all that follow, is then known everywhere without a word between processes.
+so the only state is how far each feed has come, and a resumed run continues exactly. Every process
+draws the whole global batch, which costs nothing, and reads and prepares the slots that are its own:
+``slot % processes == process``. An example that turns out bad is replaced by a random other one of
+its window, so what happens in one slot moves no other.
+
+With `workers`, examples are prepared in that many processes of PyTorch's `DataLoader`, which changes
+when things are done and not what is done.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from unified.data.examples import Example
+from unified.data.order import Order, Window
+from unified.data.shards import Entry
 from unified.data.source import Source
 from unified.data.streams import Prepared, Stream
 from unified.randomness import generator
@@ -34,87 +43,101 @@ REASONS = 3
 
 @dataclass(frozen=True)
 class Feed:
-    """A stream, the source its examples come from, and its relative frequency."""
+    """A stream, the source its examples come from, and its relative frequency. `name` tells feeds
+    of one stream apart."""
 
     stream: Stream
     source: Source
     ratio: float = 1.0
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.stream.name
 
 
-class Epochs:
-    """The endless sequence of one source's indices: a fresh permutation every epoch.
+@dataclass(frozen=True)
+class Request:
+    """One slot to fill: which feed's stream prepares which example."""
 
-    `position` counts the indices given since the start of the stage, bad ones included, and `bad`
-    those of the present epoch that turned out bad.
-    """
+    feed: int
+    step: int
+    slot: int
+    entry: Entry
 
-    def __init__(self, feed: Feed, seed: int, max_bad_share: float):
-        self._feed = feed
-        self._seed = seed
-        self._max_bad_share = max_bad_share
-        self._permutation: tuple[int, list[int]] = (-1, [])
-        self._reasons: list[str] = []
-        self.position = 0
-        self.bad = 0
 
-    def next(self) -> int:
-        """The next index; the first of a new epoch reports what was bad in the one before."""
-        epoch, offset = divmod(self.position, len(self._feed.source))
-        if offset == 0 and epoch > 0:
-            self.report(epoch - 1)
-            self.bad, self._reasons = 0, []
-        if self._permutation[0] != epoch:
-            draw = generator(self._seed, self._feed.stream.name, "epoch", epoch)
-            order = torch.randperm(len(self._feed.source), generator=draw)
-            self._permutation = (epoch, order.tolist())
-        self.position += 1
-        return self._permutation[1][offset]
+@dataclass
+class Bad:
+    """What turned out bad in a feed's present epoch, as far as this process has met it."""
 
-    def reject(self, reason: str) -> None:
-        """Count the index just given as bad; ValueError if that is too many for an epoch."""
-        self.bad += 1
-        if self.bad == 1:
-            log.warning("skipping a bad example, the first of this epoch: %s", reason)
-        self._reasons = [*self._reasons, reason][:REASONS]
-        total = len(self._feed.source)
-        if self.bad > self._max_bad_share * total or self.bad == total:
+    feed: Feed
+    max_share: float
+    epoch: int = 0
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, epoch: int, total: int) -> None:
+        """Count one; ValueError if that is too many of the `total` examples of the epoch so far."""
+        if epoch != self.epoch:
+            self.report()
+            self.epoch, self.count, self.reasons = epoch, 0, []
+        self.count += 1
+        if self.count == 1:
+            log.warning("replacing a bad example, the first of this epoch: %s", reason)
+        self.reasons = [*self.reasons, reason][:REASONS]
+        if self.count > self.max_share * total or self.count == total:
             raise ValueError(
-                f"source {self._feed.source.name} has too many bad examples for"
-                f" {self._feed.stream.name}: {self.bad} of {total}, where max_bad_share"
-                f" {self._max_bad_share:g} is allowed; {'; '.join(self._reasons)}"
+                f"source {self.feed.source.name} has too many bad examples for"
+                f" {self.feed.label}: {self.count} of {total}, where max_bad_share"
+                f" {self.max_share:g} is allowed; {'; '.join(self.reasons)}"
             )
 
-    def report(self, epoch: int) -> None:
-        """Log how many examples of a finished epoch were skipped, and why the first ones were."""
-        if self.bad:
+    def report(self) -> None:
+        """Log how many examples of an epoch were replaced, and why the first ones were."""
+        if self.count:
             log.warning(
-                "source %s, stream %s, epoch %d: skipped %d of %d examples: %s",
-                self._feed.source.name,
-                self._feed.stream.name,
-                epoch,
-                self.bad,
-                len(self._feed.source),
-                "; ".join(self._reasons) or "before the run was resumed",
+                "source %s, stream %s, epoch %d: replaced %d bad examples: %s",
+                self.feed.source.name,
+                self.feed.label,
+                self.epoch,
+                self.count,
+                "; ".join(self.reasons) or "before the run was resumed",
             )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position, "bad": self.bad, "size": len(self._feed.source)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        if state["size"] != len(self._feed.source):
-            raise ValueError(
-                f"source {self._feed.source.name} has {len(self._feed.source)} examples and had"
-                f" {state['size']} when the run was saved; resume with the same shards"
-            )
-        self.position, self.bad = state["position"], state["bad"]
-        self._reasons = []
+class Preparer(Dataset[Any]):
+    """What workers run: a request to the observations of its slot, or to what is wrong with it."""
+
+    def __init__(self, feeds: Sequence[Feed], seed: int, stage: str):
+        self._feeds, self._seed, self._stage = feeds, seed, stage
+
+    def __getitem__(self, request: Request) -> Prepared | str:
+        feed = self._feeds[request.feed]
+        draw = generator(self._seed, self._stage, request.step, request.slot, "prepare")
+        try:
+            example = Example(feed.source.read(request.entry), feed.stream.modalities)
+            observations, truncated = feed.stream.prepare(example, draw)
+        except ValueError as error:
+            return str(error)
+        return Prepared(feed.stream.name, example.key, request.slot, observations, truncated)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A step before anything is read: this process's requests, and by feed the state and the window
+    after the step."""
+
+    requests: list[Request]
+    state: dict[str, Any]
+    windows: list[Window]
 
 
 class Mixture:
-    """The global batches of one stage; call `batch` once per step, in order.
+    """The batches of one stage; call `batch` once per step, in order.
 
-    `stage` names the stage, `batch_size` counts examples over all processes and accumulation
-    steps. ValueError for ratios that are negative or all zero, and for two streams of one name.
+    `stage` names the stage; `batch_size` counts examples over all processes and accumulation
+    steps, of which this one is number `process` of `processes`. ValueError for ratios that are
+    negative or all zero, and for two feeds of one name.
     """
 
     def __init__(
@@ -125,52 +148,108 @@ class Mixture:
         seed: int,
         stage: str,
         max_bad_share: float = 0.01,
+        shuffle_buffer: int = 50_000,
+        process: int = 0,
+        processes: int = 1,
+        workers: int = 0,
     ):
-        names = [feed.stream.name for feed in feeds]
+        names = [feed.label for feed in feeds]
         if len(set(names)) < len(names):
             raise ValueError(f"the streams of a mixture need different names, found {names}")
-        self._shares = _cumulative_shares({f.stream.name: f.ratio for f in feeds})
-        self._feeds = list(feeds)
-        self._epochs = [Epochs(feed, seed, max_bad_share) for feed in feeds]
+        self._shares = _cumulative_shares({f.label: f.ratio for f in feeds})
+        self._names = names
+        self._orders = [Order(f.source, f.label, seed, shuffle_buffer) for f in feeds]
+        self._bad = [Bad(feed, max_bad_share) for feed in feeds]
+        self._prepare = Preparer(feeds, seed, stage)
         self._batch_size, self._seed, self._stage = batch_size, seed, stage
+        self._process, self._processes, self._workers = process, processes, workers
+        self._batches: Iterator[list[Prepared]] | None = None
+        self._state: dict[str, Any] | None = None
+        #: bad examples that this process has met since it started
+        self.bad = 0
 
     def batch(self, step: int) -> list[Prepared]:
-        """The global batch of `step`, in the order of its slots.
+        """This process's part of the global batch of `step`, in the order of its slots.
 
-        Bad examples are skipped: the next one of the same stream takes the slot. ValueError,
-        naming the source and the first reasons, once an epoch has more than `max_bad_share`.
+        Bad examples are replaced. ValueError, naming the source and the first reasons, once
+        more than `max_bad_share` of an epoch is bad.
         """
-        draw = generator(self._seed, self._stage, step, "streams")
-        uniform = torch.rand(self._batch_size, dtype=torch.float64, generator=draw)
-        # right=True: a share of zero is an empty interval, and never drawn
-        streams = torch.searchsorted(self._shares, uniform, right=True).tolist()
-        return [self._prepare(stream, step, slot) for slot, stream in enumerate(streams)]
-
-    def _prepare(self, index: int, step: int, slot: int) -> Prepared:
-        feed, epochs = self._feeds[index], self._epochs[index]
-        while True:
-            example = Example(feed.source[epochs.next()], feed.stream.modalities)
-            draw = generator(self._seed, self._stage, step, slot, "prepare")
-            try:
-                observations = feed.stream.prepare(example, draw)
-            except ValueError as error:
-                epochs.reject(str(error))
-                continue
-            return Prepared(feed.stream.name, example.key, slot, observations)
+        if self._batches is None:
+            self._batches = self._ahead(step)
+        return next(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """By stream: position, bad examples of this epoch, and size of the source. Plain ints."""
+        """By feed: its place after the last batch, and the bad examples of its epoch. Plain ints."""
+        state = self._state or {n: o.state_dict() for n, o in zip(self._names, self._orders)}
         return {
-            f.stream.name: e.state_dict() for f, e in zip(self._feeds, self._epochs, strict=True)
+            name: {**state[name], "bad": bad.count if bad.epoch == state[name]["epoch"] else 0}
+            for name, bad in zip(self._names, self._bad, strict=True)
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken. ValueError if streams or sources are not the same."""
-        names = [f.stream.name for f in self._feeds]
-        if set(state) != set(names):
-            raise ValueError(f"the saved run had the streams {sorted(state)}, found {names}")
-        for name, epochs in zip(names, self._epochs, strict=True):
-            epochs.load_state_dict(state[name])
+        if set(state) != set(self._names):
+            raise ValueError(f"the saved run had the streams {sorted(state)}, found {self._names}")
+        for name, order, bad in zip(self._names, self._orders, self._bad, strict=True):
+            order.load_state_dict(state[name])
+            bad.epoch, bad.count, bad.reasons = state[name]["epoch"], state[name]["bad"], []
+        self._batches = self._state = None
+
+    def _ahead(self, first: int) -> Iterator[list[Prepared]]:
+        """The batches from step `first` on; workers read ahead, and the state does not."""
+        waiting: deque[Drawn] = deque()
+
+        def requests() -> Iterator[list[Request]]:
+            for step in count(first):
+                waiting.append(self._draw(step))
+                yield waiting[-1].requests
+
+        for prepared in self._prepared(requests()):
+            drawn = waiting.popleft()
+            found = zip(drawn.requests, prepared, strict=True)
+            batch = [self._settle(request, p, drawn.windows) for request, p in found]
+            self._state = drawn.state
+            yield batch
+
+    def _draw(self, step: int) -> Drawn:
+        """Assign all slots of the global batch, which moves every feed on; keep our own."""
+        draw = generator(self._seed, self._stage, step, "streams")
+        uniform = torch.rand(self._batch_size, dtype=torch.float64, generator=draw)
+        # right=True: a share of zero is an empty interval, and never drawn
+        feeds = torch.searchsorted(self._shares, uniform, right=True).tolist()
+        slots = [Request(f, step, slot, self._orders[f].next()) for slot, f in enumerate(feeds)]
+        return Drawn(
+            [r for r in slots if r.slot % self._processes == self._process],
+            {n: o.state_dict() for n, o in zip(self._names, self._orders, strict=True)},
+            [order.window for order in self._orders],
+        )
+
+    def _prepared(self, batches: Iterator[list[Request]]) -> Iterator[list[Prepared | str]]:
+        if not self._workers:
+            return ([self._prepare[request] for request in requests] for requests in batches)
+        return iter(
+            DataLoader(
+                self._prepare,
+                batch_sampler=batches,  # type: ignore[arg-type]
+                num_workers=self._workers,
+                collate_fn=list,
+            )
+        )
+
+    def _settle(
+        self, request: Request, found: Prepared | str, windows: Sequence[Window]
+    ) -> Prepared:
+        """What was prepared; where that is bad, a random other example of the window."""
+        window, bad = windows[request.feed], self._bad[request.feed]
+        purpose = (self._seed, self._stage, request.step, request.slot, "substitute")
+        for attempt in count():
+            if isinstance(found, Prepared):
+                break
+            self.bad += 1
+            bad.add(found, window.epoch, window.seen)
+            index = torch.randint(len(window.entries), (), generator=generator(*purpose, attempt))
+            found = self._prepare[replace(request, entry=window.entries[int(index)])]
+        return found
 
 
 def _cumulative_shares(ratios: Mapping[str, float]) -> torch.Tensor:

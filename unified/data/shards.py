@@ -1,24 +1,25 @@
-"""Shards: tar files in the img2dataset layout, read as raw bytes.
+"""Shards: tar files in the img2dataset layout, indexed once and then read at any place.
 
 A shard holds examples one after the other, and the members of an example share a key::
 
     000000.webp  000000.txt  000000.json  000001.webp  000001.txt  000001.json  ...
 
-Nothing is decoded here. WebDataset's decoders would unpickle a ``.pyd`` or ``.pth`` member, and its
-``pipe:`` URLs would run a command, so neither is used: data cannot run code.
+Reading the headers gives each example's `Entry`: where its bytes lie. That, and not a stream, is
+what makes an order of examples that any process can continue at any place.
+
+Nothing is decoded here. WebDataset's decoders would unpickle a ``.pyd`` or ``.pth`` member, so they
+are not used: data cannot run code.
 """
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-EMBEDDED = "embedded:"
+from unified.data.remote import Access
+
 #: a tar file ends with this many zero bytes (two empty blocks)
 END_OF_TAR = 1024
 
@@ -32,86 +33,114 @@ class RawExample:
     members: dict[str, bytes]
 
 
-def read_shards(urls: str | Iterable[str]) -> list[RawExample]:
-    """All examples of `urls`, in order; every process reads every shard.
+@dataclass(frozen=True)
+class Entry:
+    """Where an example lies: its shard's URL and file, and (offset, size) of each member there."""
 
-    A URL is a path (relative to the working directory; ``~`` is the home folder) or
-    ``embedded:NAME``, and may hold braces: ``train-{00000..00003}.tar``. ValueError or
-    FileNotFoundError for a shard that is missing, empty, cut short or not a local file.
-    """
+    key: str
+    shard: str
+    path: Path
+    members: dict[str, tuple[int, int]]
+
+    def read(self) -> RawExample:
+        """The bytes of all members, in one read: they stand next to each other."""
+        start = min(offset for offset, _ in self.members.values())
+        stop = max(offset + size for offset, size in self.members.values())
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(start)
+            data = file.read(stop - start)
+        cut = {m: data[o - start : o - start + n] for m, (o, n) in self.members.items()}
+        return RawExample(self.key, self.shard, cut)
+
+
+def expand(urls: str | Iterable[str]) -> list[str]:
+    """The shards that `urls` name, in order; braces count: ``train-{00000..00003}.tar``."""
     from webdataset.shardlists import expand_urls
 
     patterns = [urls] if isinstance(urls, str) else list(urls)
-    for pattern in patterns:
-        _refuse_remote(pattern)
-    return [e for p in patterns for url in expand_urls(p) for e in _read_shard(url)]
+    return [url for pattern in patterns for url in expand_urls(pattern)]
 
 
-def resolve(url: str) -> Path:
-    """The file that `url` names."""
-    if url.startswith(EMBEDDED):
-        return Path(str(files("unified.demos") / "data" / url.removeprefix(EMBEDDED)))
-    return Path(url).expanduser().absolute()
+def read_shards(urls: str | Iterable[str], access: Access | None = None) -> list[RawExample]:
+    """All examples of `urls`, in order.
+
+    A URL is a path (relative to the working directory; ``~`` is the home folder),
+    ``embedded:NAME``, or whatever `access` can fetch. ValueError or FileNotFoundError for a shard
+    that is missing, empty, cut short or may not be fetched.
+    """
+    access = access or Access()
+    return [entry.read() for url in expand(urls) for entry in index_shard(url, access.path(url))]
 
 
-def _refuse_remote(url: str) -> None:
-    scheme = re.match(r"([A-Za-z][\w+.-]+):", url)
-    if url.startswith("pipe:"):
-        raise ValueError(f"{url!r} would run a command; give the path of a shard file instead")
-    if scheme and not url.startswith(EMBEDDED):
-        raise ValueError(
-            f"{url!r} is not a local file ({scheme[1]}:); download the shard and give its path"
-        )
-
-
-def _read_shard(url: str) -> list[RawExample]:
-    path = resolve(url)
+def check_shard(url: str, path: Path) -> None:
+    """What a glance tells: ValueError or FileNotFoundError unless the file has a beginning and an
+    end. (`index_shard` looks at all of it.)"""
     if not path.is_file():
         raise FileNotFoundError(
             f"shard {url} was not found at {path}; correct the path in data.sources"
         )
-    if not path.stat().st_size:
+    size = path.stat().st_size
+    if not size:
         raise ValueError(f"shard {url} is empty (0 bytes); write or fetch it again")
-    try:
-        _check_complete(path)
-        examples = [RawExample(s["__key__"], url, _members(s)) for s in _samples(path)]
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(
-            f"shard {url} is damaged, cut short or not a plain tar file ({error.args[0]});"
-            " write or fetch it again"
-        ) from error
-    if not examples:
-        raise ValueError(f"shard {url} has no examples; write it again or remove it from the list")
-    return examples
+    with path.open("rb") as file:
+        file.seek(max(0, size - END_OF_TAR))
+        if len(last := file.read()) < END_OF_TAR or any(last):
+            raise _damaged(url, f"its last {END_OF_TAR} bytes are no end mark")
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
-    import webdataset as wds
-
-    # Every process draws the same global batch and keeps its part, so no shard is left to another
-    # node: the splitter passes all of them on. (The default one raises when WORLD_SIZE is above 1.)
-    return iter(
-        wds.WebDataset(
-            str(path),
-            shardshuffle=False,
-            nodesplitter=lambda shards: shards,
-            workersplitter=lambda shards: shards,
-            empty_check=False,
-        )
+def _damaged(url: str, reason: object) -> ValueError:
+    return ValueError(
+        f"shard {url} is damaged, cut short or not a plain tar file ({reason}); write or fetch it"
+        " again"
     )
 
 
-def _members(sample: dict[str, Any]) -> dict[str, bytes]:
-    return {name: data for name, data in sample.items() if not name.startswith("__")}
+def index_shard(url: str, path: Path) -> list[Entry]:
+    """The examples of one shard. ValueError if it is damaged, cut short or without examples."""
+    check_shard(url, path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+        _check_end(path, members)
+        entries = list(_grouped(members, url, path))
+    except (tarfile.TarError, ValueError) as error:
+        raise _damaged(url, error.args[0]) from error
+    if not entries:
+        raise ValueError(f"shard {url} has no examples; write it again or remove it from the list")
+    return entries
 
 
-def _check_complete(path: Path) -> None:
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, ending) of a member: the ending is what follows the first dot of the file's name."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, ending = base_plus_ext(name)
+    return (key, ending.lower()) if key else None
+
+
+def _grouped(members: Iterable[tarfile.TarInfo], url: str, path: Path) -> Iterator[Entry]:
+    """One entry for each run of members that share a key."""
+    key, found = None, dict[str, tuple[int, int]]()
+    for member in members:
+        name = split_name(member.name) if member.isreg() else None
+        if name is None:
+            continue
+        if name[0] != key and key is not None:
+            yield Entry(key, url, path, found)
+        if name[0] != key:
+            key, found = name[0], {}
+        if name[1] in found:
+            raise ValueError(f"duplicate member {member.name}")
+        found[name[1]] = (member.offset_data, member.size)
+    if key is not None:
+        yield Entry(key, url, path, found)
+
+
+def _check_end(path: Path, members: list[tarfile.TarInfo]) -> None:
     """ValueError unless only zeros, and enough of them, follow the last member.
 
     Readers of tar files take a cut between two members, or a damaged header, for the end.
     """
-    with tarfile.open(path, "r:") as tar:
-        members = tar.getmembers()
     end = members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0
     with path.open("rb") as file:
         file.seek(end)

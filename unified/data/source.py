@@ -2,38 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 
-from unified.config import SourceConfig
-from unified.data.shards import RawExample, read_shards
+from unified.config import DataConfig, SourceConfig
+from unified.data.remote import Access, local_path
+from unified.data.shards import Entry, RawExample, check_shard, expand, index_shard
+
+#: shards whose index is kept for the next one who asks
+INDEXED = 64
 
 
 class Source:
-    """All raw examples of one split, held in memory as the bytes that the shards hold.
+    """Examples in shards that are indexed when they are needed, and read one by one."""
 
-    Memory is the size of the shards, in every process: right for what fits (a few GB: a hundred
-    thousand small images, or a million captions), and what makes a permutation of a whole epoch,
-    and so an exact resume, possible.
-    """
-
-    def __init__(self, name: str, urls: str | Iterable[str]):
-        """Reads `urls` (see `read_shards`); `name` is what errors and reports call the source."""
+    def __init__(self, name: str, urls: str | Iterable[str], access: Access | None = None):
+        """`name` is what errors and reports call the source. ValueError or FileNotFoundError for
+        shards that are not there, or may not be fetched."""
         self.name = name
-        self._examples = read_shards(urls)
-        if not self._examples:
+        self.access = access or Access()
+        self.urls = expand(urls)
+        self._indexed: OrderedDict[str, list[Entry]] = OrderedDict()
+        if not self.urls:
             raise ValueError(f"source {name} lists no shards; name at least one in data.sources")
+        for url in self.urls:
+            path = local_path(url)
+            if path is None:
+                self.access.check(url)
+            else:
+                check_shard(url, path)
 
     @classmethod
-    def open(cls, name: str, config: SourceConfig, split: str = "train") -> Source:
+    def open(
+        cls, name: str, config: SourceConfig, split: str = "train", access: Access | None = None
+    ) -> Source:
         """The split ``train``, ``val``, or one of ``config.splits``."""
         splits = {"train": config.train, "val": config.val, **config.splits}
         found = [known for known, urls in splits.items() if urls]
         if split not in found:
             raise ValueError(f"source {name} has no split {split}; it has {', '.join(found)}")
-        return cls(name, splits[split])
+        return cls(name, splits[split], access)
+
+    def shard(self, url: str) -> list[Entry]:
+        """The examples of one shard, in its order."""
+        if url not in self._indexed:
+            self._indexed[url] = index_shard(url, self.access.path(url))
+            while len(self._indexed) > INDEXED:
+                self._indexed.popitem(last=False)
+        self._indexed.move_to_end(url)
+        return self._indexed[url]
+
+    def read(self, entry: Entry) -> RawExample:
+        """The bytes of an example; a copy that was dropped meanwhile is fetched again."""
+        try:
+            return entry.read()
+        except FileNotFoundError:
+            self.access.path(entry.shard)
+            return entry.read()
+
+    def __iter__(self) -> Iterator[RawExample]:
+        """All examples, in the order of the shards."""
+        return (self.read(entry) for url in self.urls for entry in self.shard(url))
 
     def __len__(self) -> int:
-        return len(self._examples)
+        """The number of examples, for which every shard must be indexed."""
+        return sum(len(self.shard(url)) for url in self.urls)
 
-    def __getitem__(self, index: int) -> RawExample:
-        return self._examples[index]
+
+def access_of(config: DataConfig) -> Access:
+    """How shards may be fetched."""
+    return Access(config.cache_dir, config.cache_gb, config.allow_pipes)

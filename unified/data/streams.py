@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ from unified.task import Task
 
 @dataclass(frozen=True)
 class Prepared:
-    """The observations of one sample by kind; `slot` is its place in the global batch."""
+    """The observations of one sample by kind; `slot` is its place in the global batch, and
+    `truncated` says that an item was cut to fit a row."""
 
     stream: str
     key: str
     slot: int
     observations: dict[str, Tensor]
+    truncated: bool = False
 
 
 class Stream(Protocol):
@@ -37,8 +39,11 @@ class Stream(Protocol):
     name: str
     modalities: Mapping[str, Modality]
 
-    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
-        """Kind -> observation. A stream that augments draws from `generator` and nothing else.
+    def prepare(
+        self, example: Example, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Kind -> observation, and whether one was truncated. A stream that augments draws from
+        `generator` and nothing else.
 
         ValueError for an example that cannot be used.
         """
@@ -47,7 +52,8 @@ class Stream(Protocol):
 class TaskStream:
     """The samples of one task: its segments filled, each observed by its modality.
 
-    With `row_length`, a sample with more latents (twins included) than a row holds is an error.
+    A sample with more latents (twins included) than `row_length` is an error, or with
+    `too_long="truncate"` has the end of its longest text cut off, by whole blocks.
     """
 
     def __init__(
@@ -56,12 +62,14 @@ class TaskStream:
         task: Task,
         modalities: Mapping[str, Modality],
         row_length: int | None = None,
+        too_long: Literal["error", "truncate"] = "error",
     ):
         self.name = name
         self.modalities = modalities
         self._task = task
         self._layout = task.layout
         self._row_length = row_length
+        self._truncates = too_long == "truncate"
         unknown = {s.modality for s in self._layout.segments} - set(modalities)
         if unknown:
             raise ValueError(
@@ -69,17 +77,25 @@ class TaskStream:
                 f" {', '.join(modalities)}"
             )
 
-    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+    def prepare(
+        self, example: Example, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], bool]:
         with example.naming():
             items = self._task.fill(example)
+            leads = {s.kind: self._lead(s, generator) for s in self._layout.filled}
             observations = {
-                s.kind: self._task.observe(
-                    self.modalities, s.kind, items[s.kind], self._lead(s, generator)
-                )
-                for s in self._layout.filled
+                kind: self._task.observe(self.modalities, kind, items[kind], lead)
+                for kind, lead in leads.items()
             }
-            self._check_fits(observations)
-        return observations
+            excess = self._excess(observations)
+            if excess > 0 and self._truncates:
+                kind, limit = self._shorter(observations, excess)
+                observations[kind] = self._task.observe(
+                    self.modalities, kind, items[kind], leads[kind], limit
+                )
+            if self._excess(observations) > 0:
+                raise ValueError(self._too_long(observations))
+        return observations, excess > 0
 
     def _lead(self, segment: Segment, generator: torch.Generator) -> int:
         """The phase of what may be continued: a prompt can end at any place within a latent."""
@@ -87,18 +103,39 @@ class TaskStream:
             return 0
         return draw_lead(self.modalities[segment.modality], generator)
 
-    def _check_fits(self, observations: Mapping[str, Tensor]) -> None:
-        lengths = {
+    def _lengths(self, observations: Mapping[str, Tensor]) -> dict[str, int]:
+        return {
             s.kind: math.prod(self.modalities[s.modality].grid(observations[s.copies or s.kind]))
             for s in self._layout.segments
         }
-        total = sum(lengths.values())
-        if self._row_length is not None and total > self._row_length:
-            parts = " + ".join(f"{kind} {n}" for kind, n in lengths.items())
-            raise ValueError(
-                f"the sample has {total} latents ({parts}) and a row holds {self._row_length};"
-                " shorten the item or raise row_length"
-            )
+
+    def _excess(self, observations: Mapping[str, Tensor]) -> int:
+        """By how many latents a sample exceeds a row."""
+        if self._row_length is None:
+            return 0
+        return sum(self._lengths(observations).values()) - self._row_length
+
+    def _shorter(self, observations: Mapping[str, Tensor], excess: int) -> tuple[str, int]:
+        """The longest segment with blocks, and the most latents that it may have: whole blocks,
+        and less by the excess, which it shares with its twins."""
+        lengths = self._lengths(observations)
+        segments = [s for s in self._layout.filled if s.block is not None]
+        if not segments:
+            raise ValueError(self._too_long(observations))
+        segment = max(segments, key=lambda s: lengths[s.kind])
+        times = 1 + sum(s.copies == segment.kind for s in self._layout.segments)
+        limit = (lengths[segment.kind] - math.ceil(excess / times)) // segment.block  # type: ignore[operator]
+        if limit < 1:
+            raise ValueError(self._too_long(observations))
+        return segment.kind, limit * segment.block  # type: ignore[operator]
+
+    def _too_long(self, observations: Mapping[str, Tensor]) -> str:
+        lengths = self._lengths(observations)
+        parts = " + ".join(f"{kind} {n}" for kind, n in lengths.items())
+        return (
+            f"the sample has {sum(lengths.values())} latents ({parts}) and a row holds"
+            f" {self._row_length}; shorten the item, raise row_length, or set too_long: truncate"
+        )
 
 
 def draw_lead(modality: Modality, generator: torch.Generator) -> int:
@@ -130,12 +167,14 @@ class ItemStream:
                 f" {', '.join(modalities)}"
             )
 
-    def prepare(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+    def prepare(
+        self, example: Example, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], bool]:
         modality = self.modalities[self._modality]
         with example.naming():
             item = example[self._modality]
             if self._crop is None:
-                lead = draw_lead(modality, generator)
-                return {"X": modality.observe(item, ends=True, **({"lead": lead} if lead else {}))}
+                phase = {"lead": lead} if (lead := draw_lead(modality, generator)) else {}
+                return {"X": modality.observe(item, ends=True, **phase)}, False
             whole = modality.observe(item, ends=True, limit=sys.maxsize)
-            return {"X": modality.crop(whole, self._crop, generator)}
+            return {"X": modality.crop(whole, self._crop, generator)}, False

@@ -49,7 +49,7 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
         say(f"the run in {folder.path} is finished: {folder.final}")
         return folder.final
     sources = Sources(config)
-    sources.read()
+    sources.check()
     accelerator = start_accelerator(config, folder)
     pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
     if accelerator.is_main_process:
@@ -180,7 +180,9 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             stage,
             config.training,
             objective,
-            materials.mixture(stage.batch_size, stage.name),
+            materials.mixture(
+                stage.batch_size, stage.name, accelerator.process_index, accelerator.num_processes
+            ),
             folder,
             config.run.seed,
             sum(folder.finished.get(s.name, 0) for s in config.stages if s.name != stage.name),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from copy import deepcopy
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unified.config import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
 from unified.data.mixture import Feed, Mixture
-from unified.data.source import Source
+from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
 from unified.plugins import modality_plugins
@@ -29,10 +30,12 @@ from unified.training.objectives import AutoencoderObjective, JointObjective
 
 #: examples that the latent statistics are fitted to
 STATISTICS_EXAMPLES = 512
+#: examples of a source that a tokenizer is trained on
+CORPUS_EXAMPLES = 200_000
 
 
 class Sources:
-    """The sources of a configuration; each split is read once."""
+    """The sources of a configuration; each split is opened once."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -40,11 +43,12 @@ class Sources:
 
     def __call__(self, name: str, split: str = "train") -> Source:
         if (name, split) not in self._open:
-            self._open[name, split] = Source.open(name, self.config.data.sources[name], split)
+            config, access = self.config.data.sources[name], access_of(self.config.data)
+            self._open[name, split] = Source.open(name, config, split, access)
         return self._open[name, split]
 
-    def read(self) -> None:
-        """Read all training and validation shards now, so that a wrong path is found at once."""
+    def check(self) -> None:
+        """Look at all training and validation shards now, so that a wrong path is found at once."""
         for name in self.config.data.sources:
             self(name)
             if self.has(name, "val"):
@@ -54,15 +58,16 @@ class Sources:
         return bool(getattr(self.config.data.sources[name], split))
 
     def corpus(self, modality: str, trust_remote_code: bool = False) -> Iterator[Any]:
-        """The items of one modality in all training sources; those that cannot be read left out.
+        """The items of one modality in the first `CORPUS_EXAMPLES` examples of each training
+        source; those that cannot be read are left out.
 
         They are read by a modality that has no corpus yet, which is built on the first item.
         """
         plugin, options = modality_plugins(self.config, trust_remote_code)[modality]
         reader = {modality: plugin.build(options, None)}
         for name in self.config.data.sources:
-            source = self(name)
-            for example in (Example(source[i], reader) for i in range(len(source))):
+            for raw in islice(self(name), CORPUS_EXAMPLES):
+                example = Example(raw, reader)
                 if modality in example:
                     try:
                         yield example[modality]
@@ -82,28 +87,38 @@ class Materials:
         return OBJECTIVES[self.stage.objective](self.config, self.stage, self.pipeline)
 
     @cached_property
-    def streams(self) -> list[tuple[ItemStream | TaskStream, str, float]]:
-        """(stream, source, ratio): one a source, or in a joint stage one a task."""
+    def streams(self) -> list[tuple[str, ItemStream | TaskStream, str, float]]:
+        """(name, stream, source, ratio): one a source, or in a joint stage one a task's source."""
         stage, modalities = self.stage, self.pipeline.modalities
         if stage.objective == "autoencoder":
             return [
-                (ItemStream(source, str(stage.modality), modalities, stage.crop), source, ratio)
-                for source, ratio in stage.sources.items()
+                (source, ItemStream(source, str(stage.modality), modalities, stage.crop), source, r)
+                for source, r in stage.sources.items()
             ]
-        return [
-            (TaskStream(n, t, modalities, stage.row_length), t.config.source, t.config.ratio)
-            for n, t in self.pipeline.tasks.items()
-        ]
+        found: list[tuple[str, ItemStream | TaskStream, str, float]] = []
+        for name, task in self.pipeline.tasks.items():
+            stream = TaskStream(name, task, modalities, stage.row_length, stage.too_long)
+            sources = task.config.sources
+            for source, share in sources.items():
+                label = name if len(sources) == 1 else f"{name}/{source}"
+                found.append((label, stream, source, task.config.ratio * share))
+        return found
 
-    def mixture(self, batch_size: int, purpose: str) -> Mixture:
-        """The training data, in an order that depends on `purpose`."""
-        feeds = [Feed(stream, self.sources(source), r) for stream, source, r in self.streams]
+    def mixture(
+        self, batch_size: int, purpose: str, process: int = 0, processes: int = 1
+    ) -> Mixture:
+        """The training data of one of several processes, in an order that depends on `purpose`."""
+        data = self.config.data
         return Mixture(
-            feeds,
+            [Feed(stream, self.sources(s), r, name) for name, stream, s, r in self.streams],
             batch_size=batch_size,
             seed=self.config.run.seed,
             stage=purpose,
-            max_bad_share=self.config.data.max_bad_share,
+            max_bad_share=data.max_bad_share,
+            shuffle_buffer=data.shuffle_buffer,
+            process=process,
+            processes=processes,
+            workers=data.workers,
         )
 
     @cached_property
@@ -111,8 +126,8 @@ class Materials:
         """Stream -> the first examples of its ``val`` split, where it has one."""
         count = self.config.training.validation_examples
         return {
-            stream.name: fixed_examples(self.sources(source, "val"), stream, count)
-            for stream, source, ratio in self.streams
+            name: fixed_examples(self.sources(source, "val"), stream, count)
+            for name, stream, source, ratio in self.streams
             if ratio and self.sources.has(source, "val")
         }
 
@@ -133,10 +148,11 @@ class Materials:
                 modality = self.pipeline.modalities[self.stage.modality]
                 items = samples.reconstruct(modality, [e.observations["X"] for e in few])
             else:
-                task = self.pipeline.tasks[stream]
+                name = few[0].stream
+                task = self.pipeline.tasks[name]
                 modality = self.pipeline.modalities[task.layout[task.generates].modality]
-                items = samples.generate(self.pipeline, stream, few, self.config.generation)
-            samples.write(folder, stream, modality, items)
+                items = samples.generate(self.pipeline, name, few, self.config.generation)
+            samples.write(folder, stream.replace("/", "-"), modality, items)
 
     @torch.no_grad()
     def fit_statistics(self, names: Set[str]) -> None:
