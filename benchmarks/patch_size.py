@@ -27,7 +27,7 @@ from unified.evaluation.metrics import bootstrap
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
 from unified.training.run import train
-from unified.weights import assign, named_tensors, read_file
+from unified.weights import assign, named_tensors
 
 PROSE = "embedded:prose/{}-00000.tar"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -159,7 +159,7 @@ def best(run: Path) -> tuple[UnifiedPipeline, int]:
     found = checkpoint.steps(run / "checkpoints", "joint")
     state: Any = checkpoint.read_state(found[max(found)])
     step = int(state["progress"]["best_step"])
-    averages = read_file(found[step] / "ema.safetensors")
+    averages = checkpoint.read(found[step], "ema")
     mine = {n.removeprefix("prior."): t for n, t in averages.items() if n.startswith("prior.")}
     assign(named_tensors(pipeline.prior), mine, found[step])
     return pipeline, step

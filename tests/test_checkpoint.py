@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,6 @@ from unified.training.loop import Stage, train_stage
 from unified.weights import (
     load_weights,
     named_tensors,
-    read_file,
     save_tensors,
     save_weights,
     written_whole,
@@ -35,9 +38,9 @@ def everything(folder: Path) -> dict[str, Tensor]:
     path = checkpoint.newest(folder / "checkpoints", "toy")
     assert path is not None
     return {
-        f"{file.stem}:{name}": tensor
-        for file in path.glob("*.safetensors")
-        for name, tensor in read_file(file).items()
+        f"{group}/{name}": tensor
+        for group in ("model", "ema", "optimizer")
+        for name, tensor in checkpoint.read(path, group).items()
     }
 
 
@@ -75,7 +78,7 @@ def test_a_killed_run_continues_bit_for_bit(
     one, two = everything(straight), everything(broken)
     assert one.keys() == two.keys()
     assert all(one[name].equal(two[name]) for name in one)
-    timing = {"seconds", "examples_per_s"}
+    timing = {"seconds", "examples_per_s", "positions_per_s", "data_wait", "memory_gb"}
     compared = [
         [{k: v for k, v in line.items() if k not in timing} for line in lines(f)]
         for f in (straight, broken)
@@ -101,20 +104,92 @@ def test_the_best_is_saved_between_regular_saves(tmp_path: Path, accelerator: Ac
     assert list(checkpoint.steps(tmp_path / "checkpoints", "toy")) == [2, 6]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "no state"])
-def test_an_incomplete_checkpoint_is_never_read(
-    tmp_path: Path, accelerator: Accelerator, damage: str
+@pytest.mark.parametrize("damage", ["cut", "missing", "no state", "empty state", "one bit"])
+def test_a_damaged_checkpoint_is_named_and_never_read(
+    tmp_path: Path, accelerator: Accelerator, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_stage(toy(tmp_path), accelerator)
     path = tmp_path / "checkpoints" / "toy-6"
+    (shard,) = path.glob("*.safetensors")
+    data = shard.read_bytes()
     if damage == "cut":
-        data = (path / "ema.safetensors").read_bytes()
-        (path / "ema.safetensors").write_bytes(data[:-7])
+        shard.write_bytes(data[:-7])
+    elif damage == "one bit":
+        shard.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
+    elif damage == "empty state":
+        (path / "state.json").write_text("")
     else:
-        (path / {"missing": "optimizer.safetensors", "no state": "state.json"}[damage]).unlink()
-    assert checkpoint.newest(tmp_path / "checkpoints", "toy") == path.with_name("toy-3")
+        {"missing": shard, "no state": path / "state.json"}[damage].unlink()
+    found, sentences = checkpoint.newest_sound(tmp_path / "checkpoints", "toy")
+    assert found == path.with_name("toy-3")
+    assert "toy-6 is damaged: " in sentences[0]
+    capsys.readouterr()
     assert train_stage(toy(tmp_path), accelerator).step == 6
-    assert checkpoint.newest(tmp_path / "checkpoints", "toy") == path
+    said = capsys.readouterr().err
+    assert "toy-6 is damaged" in said
+    assert "continuing toy at step 3" in said
+    assert checkpoint.newest_sound(tmp_path / "checkpoints", "toy") == (path, [])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path,
+    accelerator: Accelerator,
+    background: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full: set[int] = {4, 6}
+    seal = checkpoint.seal
+
+    def sealing(partial: Path, path: Path, stage: str, progress: Mapping[str, Any]) -> None:
+        if progress["step"] in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(partial, path, stage, progress)
+
+    monkeypatch.setattr(checkpoint, "seal", sealing)
+    settings = training_config(save_every=2, background_checkpoints=background)
+    with pytest.raises(
+        ValueError, match=r"its last checkpoint could not be written to .* make roo"
+    ):
+        train_stage(toy(tmp_path, None, settings), accelerator)
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 4 could not be written" in said
+    assert "No space left" in said
+    assert list(checkpoint.steps(tmp_path / "checkpoints", "toy")) == [2]
+    full.clear()
+    assert train_stage(toy(tmp_path, None, settings), accelerator).step == 6
+    assert list(checkpoint.steps(tmp_path / "checkpoints", "toy")) == [4, 6]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_checkpoint_written_in_the_background_is_that_of_its_step(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    for background in (False, True):
+        folder = tmp_path / str(background)
+        settings = training_config(save_every=1, background_checkpoints=background)
+        settings.keep_checkpoints = 6
+        train_stage(toy(folder, None, settings), accelerator)
+    for step in range(1, 7):
+        one, two = (
+            checkpoint.read(tmp_path / which / "checkpoints" / f"toy-{step}", group)
+            for which in ("False", "True")
+            for group in ("model",)
+        )
+        assert all(one[name].equal(two[name]) for name in one)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Accelerator) -> None:
+    train_stage(toy(tmp_path), accelerator)
+    stage = toy(tmp_path)
+    stage.objective.frozen = nn.Linear(4, 5)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"model/frozen\.\w+ in .*toy-6 has shape"):
+        train_stage(stage, accelerator)
+    stage.objective.extra = nn.Linear(1, 1)  # type: ignore[attr-defined]
+    stage.objective.frozen = nn.Linear(4, 4)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"toy-6 lacks tensor model/extra\.bias"):
+        train_stage(stage, accelerator)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

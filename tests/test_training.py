@@ -20,7 +20,6 @@ from unified.training.ema import EMA
 from unified.training.loop import DivergedError, Loop, train_stage
 from unified.training.metrics import tracker_names
 from unified.training.optim import build_optimizer, learning_rate, vae_learns
-from unified.weights import read_file
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def raw_weights(folder: Path, stage: str = "toy") -> dict[str, Tensor]:
     """The raw weights at the end of a stage."""
     path = checkpoint.newest(folder / "checkpoints", stage)
     assert path is not None
-    return read_file(path / "model.safetensors")
+    return checkpoint.read(path, "model")
 
 
 def losses(folder: Path) -> list[float]:

@@ -24,6 +24,7 @@ WIDTH = 4
 class ToyExample:
     slot: int
     x: Tensor
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class ToyPlan:
     @property
     def counts(self) -> dict[str, float]:
         return {"fit": float(len(self.x)), "size": float(self.marked.sum())}
+
+    @property
+    def positions(self) -> tuple[float, float]:
+        return float(len(self.x)), float(len(self.x))
 
 
 class ToyObjective(Objective):
@@ -73,6 +78,8 @@ class ToyObjective(Objective):
 
 class ToyData:
     """Batches in order; like a mixture, it must be told where it is."""
+
+    bad = 0
 
     def __init__(self, batch_size: int = 8, seed: int = 0):
         self.batch_size, self.seed, self.position = batch_size, seed, 0
@@ -128,7 +135,7 @@ def main(folder: str, world: str) -> None:
     """Run the toy stage under torchrun, and insist on the number of processes."""
     from accelerate import Accelerator
 
-    from unified.training.loop import distributed_settings
+    from unified.training.parallel import distributed_settings
 
     accelerator = Accelerator(cpu=True, kwargs_handlers=distributed_settings())
     assert accelerator.num_processes == int(world), accelerator.num_processes

@@ -196,6 +196,18 @@ class TrainingConfig(Part):
     trackers: list[str] = ["tensorboard"]
     #: steps between samples of every task in the run folder; null writes none
     sample_every: int | None = None
+    #: several processes: each holds the whole model (none), or a part of it; hybrid cuts it within
+    #: groups of `shard_size` processes (null: those of one machine)
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    shard_size: int | None = Field(None, gt=0)
+    #: compute each block of the prior again in the backward pass instead of keeping its inside
+    activation_checkpointing: bool = False
+    #: newest checkpoints of a stage that are kept, beside the best
+    keep_checkpoints: int = Field(2, gt=0)
+    #: write checkpoints while the next steps run
+    background_checkpoints: bool = False
+    #: stop when the running mean of the loss is this many times what it was at first; null never
+    divergence: float | None = Field(3.0, gt=1)
 
 
 class GenerationConfig(Part):

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unified.attention import Seen, attend, see
 from unified.cache import KVCache
@@ -152,6 +153,8 @@ class Prior(nn.Module):
                 f" found {config.rope_dim}"
             )
         self.config, self.channels = config, dict(channels)
+        #: keep only what goes into each block for the backward pass: less memory, more work
+        self.recompute = False
         self.project_in = nn.ModuleDict(
             {m: nn.Linear(c, config.width) for m, c in channels.items()}
         )
@@ -199,12 +202,20 @@ class Prior(nn.Module):
         x = {m: wide(self.project_in[m](z)) for m, z in batch.latents.items()}
         cut = self.config.multi_stream_depth
         for block in self.blocks[:cut]:
-            x = block(x, context)
+            x = self._through(block, x, context)
         x_NW = gather_rows(x, context.where, context.shape).flatten(0, 1)
         single = replace(context, where={SHARED: slice(None)}, t={SHARED: context.index})
         for block in self.blocks[cut:]:
-            x_NW = block({SHARED: x_NW}, single)[SHARED]
+            x_NW = self._through(block, {SHARED: x_NW}, single)[SHARED]
         return x_NW, context
+
+    def _through(
+        self, block: nn.Module, x: dict[str, Tensor], context: Context
+    ) -> dict[str, Tensor]:
+        """One block; with `recompute`, its inside is computed again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, x, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x, context)  # type: ignore[no-any-return]
 
     def _context(self, batch: PackedBatch, cache: KVCache | None, commit: bool) -> Context:
         times_T, index_RL = torch.unique(batch.time_RL, return_inverse=True)

@@ -232,6 +232,25 @@ class PackedBatch:
             parts[s.segment.modality].append(values[s.sample][kind])
         return replace(self, latents={m: torch.cat(p) for m, p in parts.items()})
 
+    def with_streams(self, channels: Mapping[str, int]) -> PackedBatch:
+        """This batch with a stream of no latents for each modality that it lacks, so that all
+        weights take part in every step, on every process (with gradients of 0)."""
+        device = self.time_RL.device
+        nowhere = torch.zeros(0, dtype=torch.int64, device=device)
+        return replace(
+            self,
+            where={m: self.where.get(m, nowhere) for m in channels},
+            latents={
+                m: self.latents.get(m, torch.zeros(0, c, device=device))
+                for m, c in channels.items()
+            },
+        )
+
+    @property
+    def positions(self) -> tuple[float, float]:
+        """Positions that hold a latent, and all positions of the rows."""
+        return float(sum(map(len, self.where.values()))), float(self.time_RL.numel())
+
 
 def pack(
     samples: Sequence[Sample],
@@ -240,7 +259,7 @@ def pack(
     row_length: int | None,
     axes: int,
 ) -> PackedBatch:
-    """Lay samples out in as few rows of `row_length` as first-fit-decreasing finds.
+    """Lay samples out in as few rows of `row_length` as best-fit-decreasing finds.
 
     Without a `row_length`, sample i has row i to itself. Rows are cut to the longest one used.
     ValueError for a sample longer than a row.
@@ -292,13 +311,13 @@ def _by_modality(
 def _arrange(lengths: Sequence[int], row_length: int | None) -> tuple[list[int], int, int]:
     """(start of each sample in the flattened rows, number of rows, width of a row)."""
     if row_length is not None:
-        return _first_fit(lengths, row_length)
+        return _best_fit(lengths, row_length)
     width = max(lengths, default=0)
     return [i * width for i in range(len(lengths))], len(lengths), width
 
 
-def _first_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, int]:
-    """The longest sample first, each into the first row that has room for it."""
+def _best_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, int]:
+    """The longest sample first, each into the fullest row that has room for it."""
     used: list[int] = []
     spot: dict[int, tuple[int, int]] = {}
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -307,7 +326,8 @@ def _first_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int,
                 f"a sample of {lengths[i]} latents does not fit a row of {row_length}:"
                 " raise row_length, or shorten the text or the image"
             )
-        row = next((r for r, n in enumerate(used) if n + lengths[i] <= row_length), len(used))
+        fitting = [r for r, n in enumerate(used) if n + lengths[i] <= row_length]
+        row = max(fitting, key=lambda r: used[r], default=len(used))
         if row == len(used):
             used.append(0)
         spot[i] = (row, used[row])

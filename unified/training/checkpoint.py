@@ -1,44 +1,60 @@
 """Checkpoints: all that the next step depends on, in one folder, without pickle.
 
     checkpoints/STAGE-STEP/
-      model.safetensors       every tensor of the objective, trained or frozen
-      ema.safetensors         the averages, by parameter name
-      optimizer.safetensors   "STATE/PARAMETER", e.g. "exp_avg/prior.timestep.proj_in.weight"
-      state.json              the scalars, and the size of each file above
+      shard-*.safetensors   by process: "model/NAME", "ema/NAME", "optimizer/STATE/NAME"
+      state.json            the scalars, and the size and SHA-256 of each file above
 
-Random draws are functions of the step, so no generator is stored. A folder whose files are not all
-there in full is not a checkpoint: it is never read.
+PyTorch's distributed checkpoint writes and reads the tensors: every process its own part, whole or
+sharded, and any number of processes what any other number wrote. Random draws are functions of the
+step, so no generator is stored. A folder gets its name once everything in it is on the disk; one
+that does not match its own sums is named and never read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from unified.training.ema import EMA
-from unified.weights import assign, named_tensors, read_file, written_whole
+from unified.weights import check_names, check_shapes, named_tensors
 
-KEEP = 2
+STATE = "state.json"
 
 
 @dataclass
 class Progress:
     """How far a stage has come. `data` is the data's state after `step` steps (its own is ahead, as
-    it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far."""
+    it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far; `first_loss` and
+    `mean_loss` are the running mean of the loss when it began and now; `bad` and `truncated` count
+    examples."""
 
     step: int = 0
     seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_loss: float | None = None
+    first_loss: float | None = None
+    mean_loss: float | None = None
+    bad: int = 0
+    truncated: int = 0
 
     def is_best(self, loss: float) -> bool:
         return self.best_loss is None or loss < self.best_loss
@@ -54,6 +70,15 @@ class Trained:
     ema: EMA | None
     progress: Progress = field(default_factory=Progress)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in a checkpoint."""
+        groups = {
+            "model": named_tensors(self.objective),
+            "optimizer": optimizer_tensors(self.optimizer, self.objective),
+            "ema": self.ema.shadow if self.ema is not None else {},
+        }
+        return {f"{g}/{n}": t.detach() for g, tensors in groups.items() for n, t in tensors.items()}
+
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state as "STATE/PARAMETER" -> tensor."""
@@ -66,58 +91,136 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, module: nn.Module, names: Mapping[str, Any]
 ) -> None:
-    """Set the state that `optimizer_tensors` named. AdamW keeps its step counts on the CPU."""
+    """Give the optimizer the (empty) state that `optimizer_tensors` named. AdamW keeps its step
+    counts on the CPU."""
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
-    for name, tensor in tensors.items():
-        key, parameter = name.split("/", 1)
-        target = parameters[parameter]
-        optimizer.state[target][key] = tensor if key == "step" else tensor.to(target.device)
+    for name in names:
+        key, _, parameter = name.partition("/")
+        target = parameters[parameter].detach()
+        empty = torch.zeros(()) if key == "step" else torch.zeros_like(target)
+        optimizer.state[parameters[parameter]][key] = empty
 
 
-def save(folder: Path, trained: Trained) -> Path:
-    """Write ``folder/STAGE-STEP`` and drop older ones, but for the best. Main process only."""
-    step = trained.progress.step
-    path = folder / f"{trained.stage}-{step}"
-    tensors = {
-        "model": named_tensors(trained.objective),
-        "optimizer": optimizer_tensors(trained.optimizer, trained.objective),
-    }
-    if trained.ema is not None:
-        tensors["ema"] = trained.ema.shadow
-    with written_whole(path) as partial:
-        for name, group in tensors.items():
-            owned = {n: t.detach().contiguous() for n, t in group.items()}
-            save_file(owned, partial / f"{name}.safetensors")
-        state = {
-            "stage": trained.stage,
-            "progress": asdict(trained.progress),
-            "files": {p.name: p.stat().st_size for p in sorted(partial.iterdir())},
-        }
-        (partial / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    prune(folder, trained)
-    return path
+# ---- one folder ----------------------------------------------------------------------------------
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """This process's part of `tensors` into the folder `path`. Every process takes part."""
+    with quiet():
+        dcp.save(
+            dict(tensors),
+            storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+            no_dist=not dist.is_initialized(),
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, nobody is told that a process alone is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def seal(partial: Path, path: Path, stage: str, progress: Mapping[str, Any]) -> None:
+    """Make the folder `partial`, whose tensors are written, the checkpoint `path`."""
+    files = {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in _shards(partial)}
+    state = {"stage": stage, "progress": progress, "files": files}
+    (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    for file in (*_shards(partial), partial / STATE, partial):
+        to_disk(file)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The scalars of the checkpoint at `path`; None if it is not a whole checkpoint."""
+    """The scalars of the checkpoint at `path`; None if its files are not all there in full."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        there = {p.name: p.stat().st_size for p in _shards(path)}
+        return state if there == {n: f["size"] for n, f in state["files"].items()} else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    sizes = {n: (path / n).stat().st_size for n in state["files"] if (path / n).is_file()}
-    return state if sizes == state["files"] else None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`; None if it is what was written."""
+    state = read_state(path)
+    if state is None:
+        return f"{STATE} or a file that it names is missing or not whole"
+    wrong = [n for n, file in state["files"].items() if digest(path / n) != file["sha256"]]
+    return f"the SHA-256 of {wrong[0]} is not the one in {STATE}" if wrong else None
+
+
+def read(path: Path, group: str) -> dict[str, Tensor]:
+    """The whole tensors of one group (``model``, ``ema`` or ``optimizer``), on the CPU."""
+    found = _metadata(path)
+    tensors = {
+        name: torch.empty(meta.size, dtype=meta.properties.dtype)
+        for name, meta in found.items()
+        if name.startswith(f"{group}/")
+    }
+    with quiet():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
+
+
+def load(path: Path, trained: Trained) -> None:
+    """Continue from the checkpoint at `path`. ValueError if it is of another model."""
+    state = read_state(path)
+    if state is None:
+        raise ValueError(f"{path} is not a whole checkpoint")
+    found = _metadata(path)
+    moments = [n.partition("/")[2] for n in found if n.startswith("optimizer/")]
+    known = {name for name, _ in trained.objective.named_parameters()}
+    unknown = sorted({n.partition("/")[2] for n in moments} - known)
+    if unknown:
+        raise ValueError(f"{path} has optimizer state of {unknown[0]}, unknown here")
+    restore_optimizer(trained.optimizer, trained.objective, dict.fromkeys(moments))
+    tensors = trained.tensors()
+    shapes = {name: torch.empty(meta.size, device="meta") for name, meta in found.items()}
+    check_shapes(tensors, shapes, path)
+    check_names(tensors, shapes, path)
+    reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
+    with quiet():
+        dcp.load(tensors, storage_reader=reader, no_dist=alone)
+    trained.progress = Progress(**state["progress"])
+
+
+def _shards(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """Name -> what the checkpoint says of each tensor."""
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata()
+    return dict(metadata.state_dict_metadata)
+
+
+# ---- the folder of folders -----------------------------------------------------------------------
 
 
 def steps(folder: Path, stage: str) -> dict[int, Path]:
     """Step -> folder of the whole checkpoints of `stage`, oldest first."""
-    found = {}
-    for path in folder.glob("*"):
-        state = None if path.name.startswith(".") else read_state(path)
-        if state is not None and state["stage"] == stage:
-            found[int(state["progress"]["step"])] = path
+    found = {step: path for step, path in _named(folder, stage).items() if read_state(path)}
     return dict(sorted(found.items()))
 
 
@@ -126,26 +229,30 @@ def newest(folder: Path, stage: str) -> Path | None:
     return next(reversed(steps(folder, stage).values()), None)
 
 
-def prune(folder: Path, trained: Trained) -> None:
-    """Keep this stage's newest `KEEP` checkpoints and its best; earlier stages live in stages/."""
-    found = steps(folder, trained.stage)
-    kept = {*list(found)[-KEEP:], trained.progress.best_step}
-    keep = {path for step, path in found.items() if step in kept}
+def newest_sound(folder: Path, stage: str) -> tuple[Path | None, list[str]]:
+    """The last checkpoint that is what was written, and a sentence for each later one that is
+    not."""
+    damaged = []
+    for _, path in sorted(_named(folder, stage).items(), reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return path, damaged
+        damaged.append(f"{path} is damaged: {reason}; using the one before it")
+    return None, damaged
+
+
+def _named(folder: Path, stage: str) -> dict[int, Path]:
+    """Step -> folder, of everything that has the name of a checkpoint of `stage`."""
+    names = {
+        path: re.fullmatch(rf"{re.escape(stage)}-(\d+)", path.name) for path in folder.glob("*")
+    }
+    return {int(name[1]): path for path, name in names.items() if name}
+
+
+def prune(folder: Path, stage: str, best: int | None, keep: int) -> None:
+    """Keep this stage's newest `keep` checkpoints and its best; earlier stages live in stages/."""
+    found = steps(folder, stage)
+    kept = {path for step, path in found.items() if step in {*list(found)[-keep:], best}}
     for path in folder.glob("*"):
-        if path.is_dir() and path not in keep:
+        if path.is_dir() and path not in kept:
             shutil.rmtree(path)
-
-
-def load(path: Path, trained: Trained) -> None:
-    """Continue from the checkpoint at `path`. ValueError if it is of another model."""
-    state = read_state(path)
-    if state is None:
-        raise ValueError(f"{path} is not a whole checkpoint")
-    model = path / "model.safetensors"
-    assign(named_tensors(trained.objective), read_file(model), model)
-    if trained.ema is not None:
-        ema = path / "ema.safetensors"
-        assign(trained.ema.shadow, read_file(ema), ema)
-    tensors = read_file(path / "optimizer.safetensors")
-    restore_optimizer(trained.optimizer, trained.objective, tensors)
-    trained.progress = Progress(**state["progress"])

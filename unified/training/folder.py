@@ -30,7 +30,8 @@ from unified.weights import write_text
 MAY_CHANGE = re.compile(
     r"run\.dir|stages\.\d+\.steps|data\.(prefetch|workers|cache_dir|cache_gb|allow_pipes)|"
     r"generation\..*|training\.(max_steps|save_every|"
-    r"log_every|validate_every|sample_every|trackers.*)"
+    r"log_every|validate_every|sample_every|trackers.*|sharding|shard_size|divergence|"
+    r"activation_checkpointing|keep_checkpoints|background_checkpoints)"
 )
 
 
@@ -65,6 +66,24 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self.final = self.path / "final"
+
+    def claim(self) -> None:
+        """Keep other runs out of the folder for as long as this process lives. ValueError if one is
+        there already."""
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"another process is training in {self.path}; wait for it, or choose another run.dir"
+            ) from None
+
+    def release(self) -> None:
+        """Let other runs in again."""
+        self._lock.release()
 
     def check(self, config: Config) -> None:
         """ValueError if the folder holds a run of another configuration."""

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,23 +37,42 @@ from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.ema import EMA
 from unified.training.folder import RunFolder
-from unified.training.metrics import Metrics, say
+from unified.training.metrics import Metrics, memory_gb, say
 from unified.training.objective import Objective, Plan
 from unified.training.optim import (
     build_optimizer,
     learning_groups,
     learning_rate,
+    ratio,
     set_learning,
     set_learning_rate,
     vae_learns,
 )
+from unified.training.parallel import (
+    apart,
+    clip,
+    distribute,
+    from_main,
+    gathered,
+    is_sharded,
+    over_ranks,
+)
+from unified.training.saver import Saver
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+#: weight of a step in the running mean of the loss, and the steps before it is looked at
+SMOOTHING, SETTLED = 0.02, 100
+
+
 class DivergedError(ValueError):
-    """A loss or gradient stopped being a finite number."""
+    """A loss or gradient stopped being a finite number, or the loss grew without end."""
+
+
+class StoppedError(Exception):
+    """The run was asked to stop, and has saved a checkpoint."""
 
 
 class Slotted(Protocol):
@@ -59,9 +81,15 @@ class Slotted(Protocol):
     @property
     def slot(self) -> int: ...
 
+    @property
+    def truncated(self) -> bool: ...
+
 
 class Batches(Protocol):
-    """The data: the global batch of each step, in order, the same on every process."""
+    """The data: of the global batch of each step, in order, this process's part at least. `bad`
+    counts the bad examples it met."""
+
+    bad: int
 
     def batch(self, step: int) -> Sequence[Slotted]: ...
 
@@ -72,12 +100,32 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Work:
-    """What a step needs before its first forward: this rank's microbatches, the positions of each
-    term in them, and the state of the data after them. Made ahead of time, in a thread."""
+    """What a step needs before its first forward: this rank's microbatches, what it counted in them
+    (`Tally`), and the state of the data after them. Made ahead of time, in a thread."""
 
     plans: list[Plan]
-    counts: list[float]
+    tally: Tally
     data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Numbers of a step that processes add up before it runs: positions by loss term, positions
+    that hold a latent and all of them, examples that were bad and that were truncated, and how many
+    processes were asked to stop."""
+
+    counts: list[float]
+    used: float
+    laid: float
+    bad: float
+    truncated: float
+    stop: float = 0.0
+
+    def over(self, accelerator: Accelerator) -> Tally:
+        """Added up over the processes."""
+        rest = [self.used, self.laid, self.bad, self.truncated, self.stop]
+        summed = over_ranks([*self.counts, *rest], accelerator)
+        return Tally(summed[: len(self.counts)], *summed[len(self.counts) :])
 
 
 @dataclass
@@ -125,14 +173,6 @@ def add(counts: Iterable[Mapping[str, float]], terms: Sequence[str]) -> list[flo
                 raise ValueError(f"loss term {term} has no weight; there are {sorted(terms)}")
             total[term] += float(value)
     return [total[term] for term in terms]
-
-
-def over_ranks(values: Sequence[float], accelerator: Accelerator) -> list[float]:
-    """`values` added up over the processes."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    summed = accelerator.reduce(torch.tensor(values, device=accelerator.device), "sum")
-    return [float(value) for value in summed.tolist()]
 
 
 def averages(sums: Sequence[float], counts: Mapping[str, float]) -> dict[str, float]:
@@ -183,21 +223,13 @@ def _sums(
     sums, counts = [0.0] * len(terms), [0.0] * len(terms)
     for index, batch in enumerate(batches):
         mine = share(batch, accelerator.process_index, accelerator.num_processes)
-        if not mine:
-            continue
-        plan = objective.plan(mine, index)
+        plan = objective.plan(mine or batch[:1], index)
         losses = {term: float(loss) for term, loss in objective(plan).items()}
+        if not mine:  # without a part of its own, a process keeps the others company
+            continue
         sums = [a + b for a, b in zip(sums, add([losses], terms), strict=True)]
         counts = [a + b for a, b in zip(counts, add([plan.counts], terms), strict=True)]
     return sums, counts
-
-
-def distributed_settings() -> list[Any]:
-    """How processes must average gradients, for ``Accelerator(kwargs_handlers=...)``: a step may
-    leave out parameters, as when the autoencoders rest or a batch lacks a modality."""
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    return [DistributedDataParallelKwargs(find_unused_parameters=True)]
 
 
 def train_stage(stage: Stage, accelerator: Accelerator) -> checkpoint.Progress:
@@ -209,6 +241,7 @@ def train_stage(stage: Stage, accelerator: Accelerator) -> checkpoint.Progress:
     try:
         loop.run()
     finally:
+        loop.saver.wait()
         loop.metrics.close()
         accelerator.free_memory()
     return loop.trained.progress
@@ -226,18 +259,26 @@ class Loop:
                 f" multiple of {accelerator.num_processes} processes times accumulate"
                 f" {stage.config.accumulate}"
             )
+        learners = learning_groups(stage.objective.groups(), stage.config.optimizer)
+        set_learning(stage.objective.parameters(), False)
+        set_learning((p for group in learners.values() for p in group), True)
+        self.model = distribute(stage.objective, accelerator, stage.training)
+        # sharding puts other parameters in the place of those there were
         self.groups = learning_groups(stage.objective.groups(), stage.config.optimizer)
         self.learners = [p for group in self.groups.values() for p in group]
-        set_learning(stage.objective.parameters(), False)
-        set_learning(self.learners, True)
-        self.model, self.optimizer = accelerator.prepare(
-            stage.objective, build_optimizer(self.groups, stage.config.optimizer)
+        self.optimizer = build_optimizer(self.groups, stage.config.optimizer)
+        self.saver = Saver(
+            stage.folder.checkpoints,
+            stage.training.keep_checkpoints,
+            stage.training.background_checkpoints,
+            accelerator.is_main_process,
         )
         self.trained = self._resume()
         self.metrics = Metrics(
             stage.folder.metrics, stage.config.name, stage.steps, accelerator, stage.first
         )
-        self.since = (self.trained.progress.seconds, self.trained.progress.step)
+        self.speed, self.bad = Speed(self.trained.progress.seconds), stage.data.bad
+        self.asked_to_stop = False
 
     def _resume(self) -> checkpoint.Trained:
         """The stage's state, at its newest checkpoint or at its beginning."""
@@ -247,25 +288,34 @@ class Loop:
         trained = checkpoint.Trained(
             stage.config.name,
             stage.objective,
-            self.optimizer.optimizer,
+            self.optimizer,
             EMA(named, stage.training.ema) if stage.training.ema else None,
         )
-        found = checkpoint.newest(stage.folder.checkpoints, stage.config.name)
+        main = self.accelerator.is_main_process
+        folder, name = stage.folder.checkpoints, stage.config.name
+        found, damaged = from_main(checkpoint.newest_sound(folder, name) if main else None)
+        if main:
+            for sentence in damaged:
+                say(sentence)
         if found is not None:
             checkpoint.load(found, trained)
             stage.data.load_state_dict(trained.progress.data)
-            if self.accelerator.is_main_process:
+            if main:
                 say(f"continuing {stage.config.name} at step {trained.progress.step}: {found}")
         return trained
 
     def run(self) -> None:
-        """Step to the end of the stage; report, validate, sample and save when due."""
+        """Step to the end of the stage; report, validate, sample and save when due.
+
+        A SIGTERM lets the step finish, saves, and raises StoppedError.
+        """
         stage, progress = self.stage, self.trained.progress
         self.metrics.start(progress.step)
         work = prefetch(self._prepare, progress.step, stage.steps, stage.prefetch)
-        with contextlib.closing(work):
+        with contextlib.closing(work), on_sigterm(self._ask_to_stop):
             began = time.monotonic()
             for prepared in work:
+                self.speed.waited += time.monotonic() - began
                 values = self.step(progress.step, prepared)
                 progress.step += 1
                 progress.data = prepared.data
@@ -276,16 +326,26 @@ class Loop:
         if self.trained.ema is not None:
             self.trained.ema.copy_to_parameters()
 
+    def _ask_to_stop(self) -> None:
+        self.asked_to_stop = True
+
     def _between(self, values: Mapping[str, float]) -> None:
         """What is due after a step."""
-        training = self.stage.training
+        training, step = self.stage.training, self.trained.progress.step
         if self._due(training.log_every):
             self._report(values)
         best = self._due(training.validate_every) and self._validate()
         if training.sample_every is not None and self._due(training.sample_every):
             self._sample()
-        if best or self._due(training.save_every):
+        stop = bool(self.tally.stop)
+        if best or stop or self._due(training.save_every):
             self._save()
+        if stop and step < self.stage.steps:
+            self.saver.wait()
+            raise StoppedError(
+                f"stopped at step {step} of {self.stage.config.name}, as asked by SIGTERM; the same"
+                " command continues"
+            )
 
     def _due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps, and at the end, happens now."""
@@ -303,7 +363,11 @@ class Loop:
             for a in range(self.stage.config.accumulate)
         ]
         terms = sorted(self.stage.objective.weights(step))
-        return Work(plans, add((p.counts for p in plans), terms), self.stage.data.state_dict())
+        used, laid = (sum(p.positions[i] for p in plans) for i in (0, 1))
+        bad, self.bad = self.stage.data.bad - self.bad, self.stage.data.bad
+        cut = float(sum(example.truncated for example in batch))
+        tally = Tally(add((p.counts for p in plans), terms), used, laid, float(bad), cut)
+        return Work(plans, tally, self.stage.data.state_dict())
 
     def step(self, step: int, work: Work) -> dict[str, float]:
         """One optimizer step (from 0); the values to report."""
@@ -311,10 +375,13 @@ class Loop:
         torch.manual_seed(derive(stage.seed, stage.config.name, step, accelerator.process_index))
         set_learning(self.groups.get("vae", ()), vae_learns(step, stage.config.interval))
         weights = stage.objective.weights(step)
-        counts = dict(zip(sorted(weights), over_ranks(work.counts, accelerator), strict=True))
+        self.tally = replace(work.tally, stop=float(self.asked_to_stop)).over(accelerator)
+        counts = dict(zip(sorted(weights), self.tally.counts, strict=True))
         losses = averages(self._backward(work.plans, weights, counts), counts)
-        self._check({**losses, "loss": total(losses, weights)})
-        norm = float(accelerator.clip_grad_norm_(self.learners, settings.clip_grad_norm))
+        loss = total(losses, weights)
+        self._check({**losses, "loss": loss})
+        self._check_growth(loss)
+        norm = clip(self.learners, settings.clip_grad_norm)
         self._check({"grad_norm": norm})
         lr = learning_rate(step, stage.config.steps, settings)
         set_learning_rate(self.optimizer, lr)
@@ -322,8 +389,21 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.trained.ema is not None:
             self.trained.ema.update(step)
+        self._count()
         terms = {f"loss/{term}": value for term, value in losses.items()}
-        return {"loss": total(losses, weights), **terms, "lr": lr, "grad_norm": norm}
+        rates = {"lr": lr} | {
+            f"lr/{n}": lr * ratio(n, settings) for n in self.groups if n != "main"
+        }
+        return {"loss": loss, **terms, **rates, "grad_norm": norm}
+
+    def _count(self) -> None:
+        """Add what this step went through to the totals."""
+        progress, tally = self.trained.progress, self.tally
+        progress.bad += int(tally.bad)
+        progress.truncated += int(tally.truncated)
+        self.speed.used += tally.used
+        self.speed.laid += tally.laid
+        self.speed.examples += self.stage.config.batch_size
 
     def _backward(
         self, plans: list[Plan], weights: Mapping[str, float], counts: Mapping[str, float]
@@ -338,7 +418,8 @@ class Loop:
         }
         sums: dict[str, Tensor] = {}
         for index, plan in enumerate(plans):
-            with self._apart(index + 1 < len(plans)):
+            last = index + 1 == len(plans)
+            with nullcontext() if last else apart(self.model), self.accelerator.autocast():
                 losses = self.model(plan)
                 parts = [factors[term] * losses[term] for term in losses if term in factors]
                 self.accelerator.backward(torch.stack(parts).sum())
@@ -347,30 +428,46 @@ class Loop:
         local = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
         return over_ranks(add([local], list(counts)), self.accelerator)
 
-    def _apart(self, apart: bool) -> AbstractContextManager[Any]:
-        """Keep gradients on their process for now, or let them meet."""
-        return self.accelerator.no_sync(self.model) if apart else nullcontext()
-
     def _check(self, values: Mapping[str, float]) -> None:
         """DivergedError for a value that is not finite, before it reaches any weight."""
         for name, value in values.items():
             if not math.isfinite(value):
-                stage = self.stage.config.name
-                last = checkpoint.newest(self.stage.folder.checkpoints, stage)
-                raise DivergedError(
-                    f"stage {stage}, step {self.trained.progress.step + 1}: {name} is {value}; the"
-                    f" last good checkpoint is {last or 'none'}; a lower optimizer.lr or a longer"
-                    " warmup may help"
-                )
+                raise self._diverged(f"{name} is {value}")
+
+    def _check_growth(self, loss: float) -> None:
+        """DivergedError once the running mean of the loss is many times what it was at first."""
+        progress, most = self.trained.progress, self.stage.training.divergence
+        before = loss if progress.mean_loss is None else progress.mean_loss
+        progress.mean_loss = before + SMOOTHING * (loss - before)
+        if progress.step < SETTLED or progress.first_loss is None:
+            progress.first_loss = progress.mean_loss
+        elif most is not None and progress.mean_loss > most * abs(progress.first_loss):
+            raise self._diverged(
+                f"the running mean of the loss has grown from {progress.first_loss:.4g} to"
+                f" {progress.mean_loss:.4g}, more than training.divergence {most:g} times"
+            )
+
+    def _diverged(self, what: str) -> DivergedError:
+        stage = self.stage.config.name
+        last = checkpoint.newest(self.stage.folder.checkpoints, stage)
+        return DivergedError(
+            f"stage {stage}, step {self.trained.progress.step + 1}: {what}; the last good checkpoint"
+            f" is {last or 'none'}; a lower optimizer.lr or a longer warmup may help"
+        )
 
     # ---- between steps -------------------------------------------------------------------------
 
     def _report(self, values: Mapping[str, float]) -> None:
-        progress, (then, before) = self.trained.progress, self.since
-        self.since = (progress.seconds, progress.step)
-        examples = (progress.step - before) * self.stage.config.batch_size
-        speed = examples / max(1e-9, progress.seconds - then)
-        line = {**values, "examples_per_s": speed, "seconds": progress.seconds}
+        progress = self.trained.progress
+        totals = {"bad": progress.bad, "truncated": progress.truncated}
+        line = {
+            **values,
+            **self.speed.report(progress.seconds),
+            "memory_gb": memory_gb(self.accelerator.device),
+            **{name: float(count) for name, count in totals.items() if count},
+            "seconds": progress.seconds,
+        }
+        self.speed = Speed(progress.seconds)
         self.metrics.write(progress.step, line)
 
     @contextlib.contextmanager
@@ -380,6 +477,7 @@ class Loop:
         objective.eval()
         with (
             ema.applied() if ema is not None else nullcontext(),
+            gathered(self.model),
             torch.no_grad(),
             self.accelerator.autocast(),
         ):
@@ -399,16 +497,59 @@ class Loop:
             progress.best_step, progress.best_loss = progress.step, values["loss"]
         return best
 
+    def _save(self) -> None:
+        """A checkpoint. The last one of a stage has to be written."""
+        written = self.saver.save(self.trained)
+        if self.trained.progress.step == self.stage.steps and not (written and self.saver.wait()):
+            raise ValueError(
+                f"stage {self.stage.config.name} took all its steps, but its last checkpoint could"
+                f" not be written to {self.stage.folder.checkpoints}; make room there and run the"
+                " same command again"
+            )
+
     def _sample(self) -> None:
-        if self.stage.sample is None or not self.accelerator.is_main_process:
+        """Samples into the run folder. Shards are gathered by all processes, which then all
+        generate, and the main one keeps what it made."""
+        main = self.accelerator.is_main_process
+        if self.stage.sample is None or not (main or is_sharded(self.model)):
             return
         step = self.trained.progress.step
         folder = self.stage.folder.samples / f"{self.stage.config.name}-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._evaluating():
-            self.stage.sample(step, folder)
+        with tempfile.TemporaryDirectory() as elsewhere, self._evaluating():
+            target = folder if main else Path(elsewhere)
+            target.mkdir(parents=True, exist_ok=True)
+            self.stage.sample(step, target)
 
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.stage.folder.checkpoints, self.trained)
-        self.accelerator.wait_for_everyone()
+
+@dataclass
+class Speed:
+    """What happened since the last report, which was at `start` seconds of training."""
+
+    start: float
+    examples: float = 0.0
+    used: float = 0.0
+    laid: float = 0.0
+    waited: float = 0.0
+
+    def report(self, now: float) -> dict[str, float]:
+        seconds = max(1e-9, now - self.start)
+        return {
+            "examples_per_s": self.examples / seconds,
+            "positions_per_s": self.used / seconds,
+            "fill": self.used / max(1.0, self.laid),
+            "data_wait": self.waited / seconds,
+        }
+
+
+@contextlib.contextmanager
+def on_sigterm(call: Callable[[], None]) -> Iterator[None]:
+    """Within it, SIGTERM calls this instead of ending the process (in the main thread only, which
+    is where signals arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

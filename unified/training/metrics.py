@@ -1,10 +1,11 @@
 """What a run reports: ``metrics.jsonl``, the trackers, and a progress bar or plain lines.
 
 Every line of ``metrics.jsonl`` has ``stage`` and ``step`` (the number of finished steps). Training
-lines have ``loss`` (the weighted total), ``loss/TERM`` (averages per position, unweighted), ``lr``,
-``grad_norm`` (before clipping), ``examples_per_s`` and ``seconds`` (of training in this stage,
-without interruptions); validation lines have ``val/...`` instead. When a run continues from a
-checkpoint, lines that lie after it are dropped, so that the file reads as if nothing had happened.
+lines have ``loss`` (the weighted total), ``loss/TERM`` (averages per position, unweighted), ``lr``
+(``lr/GROUP`` of other groups), ``grad_norm`` (before clipping), speed, and ``seconds`` (of training
+in this stage, without interruptions); validation lines have ``val/...`` instead. When a run
+continues from a checkpoint, lines that lie after it are dropped, so that the file reads as if
+nothing had happened.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from unified.weights import write_text
@@ -27,6 +29,16 @@ PLAIN_EVERY = 10.0
 def say(text: str) -> None:
     """One line to the standard error stream, above a progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory so far: allocated on an accelerator, or resident for a process on the CPU."""
+    if device.type != "cpu":
+        return float(torch.accelerator.max_memory_allocated(device)) / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def tracker_names(names: list[str]) -> list[str]:

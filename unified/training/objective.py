@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 
 class Plan(Protocol):
-    """What an objective drew for some examples; `counts` is term -> number of positions."""
+    """What an objective drew for some examples: `counts` is term -> number of positions of the
+    loss, `positions` how many hold a latent and how many there are, padding included."""
 
     @property
     def counts(self) -> Mapping[str, float]: ...
+
+    @property
+    def positions(self) -> tuple[float, float]: ...
 
 
 class Objective(nn.Module, ABC):

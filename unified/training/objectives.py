@@ -9,6 +9,7 @@ batch gives the same loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class AutoencoderPlan:
     observations: list[Tensor]
     generators: list[torch.Generator]
     counts: dict[str, float]
+    positions: tuple[float, float]
 
 
 class AutoencoderObjective(Objective):
@@ -56,7 +58,9 @@ class AutoencoderObjective(Objective):
     def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
         observations = [o for e in examples for o in e.observations.values()]
         generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
-        return AutoencoderPlan(observations, generators, self.modality.counts(observations))
+        latents = float(sum(math.prod(self.modality.grid(o)) for o in observations))
+        counts = self.modality.counts(observations)
+        return AutoencoderPlan(observations, generators, counts, (latents, latents))
 
     def forward(self, plan: AutoencoderPlan) -> dict[str, Tensor]:
         return self.modality.loss(plan.observations, plan.generators)
@@ -87,6 +91,10 @@ class JointPlan:
     draws: dict[str, Draws]
     seeds: Seeds
     counts: dict[str, float]
+
+    @property
+    def positions(self) -> tuple[float, float]:
+        return self.batch.positions
 
 
 class JointObjective(Objective):
@@ -165,7 +173,8 @@ class JointObjective(Objective):
         draws = {m: d.to(device) for m, d in plan.draws.items()}
         batch = plan.batch.to(device).with_latents(values)
         noisy, targets = self.flow.corrupt(batch, draws)
-        return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+        velocities = self.prior(noisy.with_streams(self.prior.channels))
+        return sums | FlowMatching.loss(velocities, targets, draws)
 
     def _encode(
         self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
@@ -173,7 +182,7 @@ class JointObjective(Objective):
         """Latents of everything of modality `m` into `values`; its loss terms where it learns."""
         modality, observed = self.modality(m), self._observed(plan.examples, m)
         if not observed:
-            return {}
+            return self._absent(m)
         observations = [o for _, _, o in observed]
         with nullcontext() if m in self.learning else torch.no_grad():
             posteriors = modality.encode(observations)
@@ -193,6 +202,13 @@ class JointObjective(Objective):
         if m in self.references:
             sums["ref"] = self._reference_kl(m, observations, posteriors)
         return {f"{m}/{term}": value for term, value in sums.items()}
+
+    def _absent(self, m: str) -> dict[str, Tensor]:
+        """Nothing to encode: gradients of 0, where other processes have some."""
+        learners = [p for p in self.modality(m).parameters() if p.requires_grad]
+        if m not in self.learning or not learners:
+            return {}
+        return {f"{m}/entropy": 0.0 * torch.stack([p.sum() for p in learners]).sum()}
 
     def _latent(self, posterior: Posterior, generator: torch.Generator) -> Latent:
         if self.stage.posterior == "mean":

@@ -37,25 +37,29 @@ def vae_learns(step: int, interval: IntervalConfig | None) -> bool:
     return interval is None or step % (interval.train + interval.freeze) < interval.train
 
 
+def ratio(group: str, config: OptimizerConfig) -> float:
+    """The learning rate of a group relative to ``lr``. ValueError for a group that is unknown."""
+    ratios = {"main": 1.0, "vae": config.vae_lr_ratio}
+    if group not in ratios:
+        raise ValueError(f"unknown parameter group {group}; there are {sorted(ratios)}")
+    return ratios[group]
+
+
 def learning_groups(groups: Groups, config: OptimizerConfig) -> dict[str, list[nn.Parameter]]:
     """The groups that learn at all: those with parameters and with a rate above 0."""
-    ratios = {"main": 1.0, "vae": config.vae_lr_ratio}
-    unknown = groups.keys() - ratios.keys()
-    if unknown:
-        raise ValueError(f"unknown parameter group {min(unknown)}; there are {sorted(ratios)}")
-    return {name: list(group) for name, group in groups.items() if ratios[name] and group}
+    return {name: list(group) for name, group in groups.items() if ratio(name, config) and group}
 
 
 def build_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over `groups`. Weight decay is for matrices; biases and norm scales have none."""
     settings = []
     for name, parameters in groups.items():
-        ratio = config.vae_lr_ratio if name == "vae" else 1.0
         for decayed in (True, False):
             members = [p for p in parameters if (p.ndim >= 2) == decayed]
             decay = config.weight_decay if decayed else 0.0
             if members:
-                settings.append({"params": members, "weight_decay": decay, "ratio": ratio})
+                rate = {"weight_decay": decay, "ratio": ratio(name, config)}
+                settings.append({"params": members, **rate})
     return torch.optim.AdamW(settings, lr=config.lr, betas=config.betas, fused=True)
 
 

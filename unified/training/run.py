@@ -20,14 +20,9 @@ from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
-from unified.training.loop import (
-    Stage,
-    distributed_settings,
-    evaluate,
-    planned_steps,
-    train_stage,
-)
+from unified.training.loop import Stage, evaluate, planned_steps, train_stage
 from unified.training.metrics import say, tracker_names
+from unified.training.parallel import distributed_settings
 from unified.training.precision import current_device, resolve
 from unified.training.stages import Materials, Sources
 
