@@ -8,6 +8,7 @@ Every option of training has a test that would fail if the option did nothing:
     StageConfig  name, objective, modality, sources, crop, row_length, loss, posterior,
                  optimizer (vae_lr_ratio)                                         here
                  optimizer (all else), interval, accumulate, batch_size           test_training.py
+                 too_long                                                         test_data.py
                  steps                                                            test_run.py
 """
 

@@ -77,7 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shard: str) -> Path:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    timing = {"seconds", "examples_per_s"}
+    timing = {"seconds", "examples_per_s", "positions_per_s", "data_wait", "memory_gb"}
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in timing} for line in found]
 

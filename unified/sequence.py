@@ -235,15 +235,12 @@ class PackedBatch:
     def with_streams(self, channels: Mapping[str, int]) -> PackedBatch:
         """This batch with a stream of no latents for each modality that it lacks, so that all
         weights take part in every step, on every process (with gradients of 0)."""
-        device = self.time_RL.device
-        nowhere = torch.zeros(0, dtype=torch.int64, device=device)
+        like = next(iter(self.latents.values()), self.time_RL)
+        nowhere = torch.zeros(0, dtype=torch.int64, device=like.device)
         return replace(
             self,
             where={m: self.where.get(m, nowhere) for m in channels},
-            latents={
-                m: self.latents.get(m, torch.zeros(0, c, device=device))
-                for m, c in channels.items()
-            },
+            latents={m: self.latents.get(m, like.new_zeros(0, c)) for m, c in channels.items()},
         )
 
     @property

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,23 +68,19 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.final = self.path / "final"
 
-    def claim(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives. ValueError if one is
-        there already."""
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within it, no other run can use the folder. ValueError if one does already."""
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / ".lock")
         try:
-            self._lock.acquire(blocking=False)
+            with FileLock(self.path / ".lock", blocking=False):
+                yield
         except Timeout:
             raise ValueError(
                 f"another process is training in {self.path}; wait for it, or choose another run.dir"
             ) from None
-
-    def release(self) -> None:
-        """Let other runs in again."""
-        self._lock.release()
 
     def check(self, config: Config) -> None:
         """ValueError if the folder holds a run of another configuration."""
@@ -97,6 +94,12 @@ class RunFolder:
                 f"{' and more' if len(changed) > 3 else ''}; choose another run.dir, or the same"
                 " configuration to continue it"
             )
+
+    def stored_config(self) -> Config:
+        """The configuration of the run. ValueError for a folder without one."""
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} is not a run folder: it has no config.yaml")
+        return load_config(self.config)
 
     def write_config(self, config: Config) -> None:
         """Store the resolved configuration."""

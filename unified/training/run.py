@@ -8,6 +8,7 @@ leaves behind, and what ends up in ``final/``, are the averaged weights (EMA) wh
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from unified.pipeline import UnifiedPipeline, write_json
 from unified.plugins import validate_plugins
 from unified.randomness import derive
 from unified.training import checkpoint
+from unified.training.export import exported
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
 from unified.training.loop import Stage, evaluate, planned_steps, train_stage
@@ -46,16 +48,30 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     sources = Sources(config)
     sources.check()
     accelerator = start_accelerator(config, folder)
-    pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
-    if accelerator.is_main_process:
-        folder.write_config(config)
-    for stage in config.stages[first:]:
-        run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
-    if accelerator.is_main_process:
-        pipeline.save_pretrained(folder.final)
-        say(f"finished: {folder.final}")
+    with folder.claimed() if accelerator.is_main_process else nullcontext():
+        pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
+        if accelerator.is_main_process:
+            folder.write_config(config)
+        for stage in config.stages[first:]:
+            run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
+            if config.training.sharding != "none":  # whole again, from what the stage left
+                done = folder.stages / stage.name
+                pipeline = open_pipeline(done, config, accelerator, trust_remote_code)
+        if accelerator.is_main_process:
+            pipeline.save_pretrained(folder.final)
+            say(f"finished: {folder.final}")
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.final
+
+
+def open_pipeline(
+    folder: Path, config: Config, accelerator: Accelerator, trust_remote_code: bool
+) -> UnifiedPipeline:
+    """The pipeline in `folder`, on this process's device, as part of this run."""
+    pipeline = UnifiedPipeline.from_pretrained(folder, trust_remote_code, accelerator.device)
+    pipeline.config = config
+    return pipeline
 
 
 def next_stage(config: Config, folder: RunFolder) -> int:
@@ -107,7 +123,10 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
         )
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"accelerate is set to {kind}, but training here is data-parallel only")
+        raise ValueError(
+            f"accelerate is set to {kind}; leave its settings at data-parallel, and shard the model"
+            " with training.sharding"
+        )
     settings = dict(flatten(config.model_dump(mode="json")))
     plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
     accelerator.init_trackers(
@@ -146,9 +165,7 @@ def starting_point(
     if accelerator.is_main_process and not begun:
         build(config, folder, sources, trust_remote_code)
     accelerator.wait_for_everyone()
-    pipeline = UnifiedPipeline.from_pretrained(origin, trust_remote_code, accelerator.device)
-    pipeline.config = config
-    return pipeline
+    return open_pipeline(origin, config, accelerator, trust_remote_code)
 
 
 def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code: bool) -> None:
@@ -189,6 +206,9 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     )
     pipeline.weights = "ema" if config.training.ema else "raw"
     if accelerator.is_main_process:
+        if config.training.sharding != "none":
+            pipeline = exported(folder.checkpoints / f"{stage.name}-{progress.step}")
+            pipeline.config = config
         pipeline.save_pretrained(folder.stages / stage.name)
         folder.finish(stage.name, progress.step)
     accelerator.wait_for_everyone()

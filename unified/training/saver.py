@@ -60,7 +60,7 @@ class Saver:
             )
         with checkpoint.quiet():
             written = dcp.async_save(
-                {name: tensor.clone() for name, tensor in trained.tensors().items()},
+                trained.tensors(),
                 storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
                 process_group=self._group,
                 no_dist=not dist.is_initialized(),

@@ -177,6 +177,7 @@ def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Obj
     """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
     anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
     learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
+    pipeline.prior.recompute = config.training.activation_checkpointing
     return JointObjective(
         pipeline.prior,
         pipeline.modalities,

@@ -1,0 +1,67 @@
+"""Trains the tiny model in this process, or as one of several: ``processes.py FOLDER KEY=VALUE...``.
+
+`launch` runs it under torchrun. The configuration has two modalities, all three tasks, autoencoders
+that learn in the joint stage and rest at times, and two multi-stream blocks: whatever can go wrong
+between processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiny
+import yaml
+
+from unified.config import Config
+from unified.configuring import load_config
+
+LEARNING = {"lr": 1e-2, "warmup_steps": 2, "vae_lr_ratio": 0.5}
+STAGES = [
+    tiny.autoencoder("image", batch_size=6),
+    tiny.joint(
+        steps=6,
+        batch_size=12,
+        row_length=128,
+        optimizer=LEARNING,
+        interval={"train": 2, "freeze": 1},
+    ),
+]
+TRAINING = {"save_every": 3, "validate_every": 3, "validation_examples": 5, "sample_every": 6}
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    """The run in `folder`, whose configuration and shard lie beside it."""
+    shard, file = folder.parent / "squares.tar", folder.parent / "tiny.yaml"
+    if not file.is_file():
+        tiny.write_shard(shard, tiny.squares())
+        tree = tiny.tree(folder, str(shard), stages=STAGES)
+        tree["prior"] = {**tiny.PRIOR, "multi_stream_depth": 2}
+        tree["data"]["sources"]["s"]["val"] = [str(shard)]
+        tree["training"] |= TRAINING
+        file.write_text(yaml.safe_dump(tree))
+    return load_config(file, [*overrides, f"run.dir={folder}"])
+
+
+def launch(folder: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Train as `processes` processes; what they printed is in the result."""
+    config(folder, *overrides)  # writes the files that all processes read
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run(
+        [sys.executable, *command, __file__, str(folder), *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+    )
+
+
+def main(folder: str, *overrides: str) -> None:
+    from unified.training.run import train
+
+    train(config(Path(folder), *overrides))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,55 @@
+"""From a checkpoint of a stage, whole or sharded, to a pipeline folder.
+
+A checkpoint holds the tensors of the stage's objective, by names that begin with the part they
+belong to; all else of a pipeline (configurations, tokenizers) is in what the stage started from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from unified.config import StageConfig
+from unified.pipeline import UnifiedPipeline
+from unified.training import checkpoint
+from unified.training.folder import RunFolder
+from unified.weights import assign, named_tensors
+
+
+def exported(
+    path: Path, weights: Literal["ema", "raw"] = "ema", trust_remote_code: bool = False
+) -> UnifiedPipeline:
+    """The pipeline as it was at the checkpoint `path`, which lies in its run folder.
+
+    With `weights` ``ema`` the averages take the place of what they average, where there are any.
+    ValueError for a folder that is no checkpoint of a run.
+    """
+    state = checkpoint.read_state(path)
+    if state is None:
+        raise ValueError(
+            f"{path} is not a whole checkpoint; it should be RUN/checkpoints/STAGE-STEP"
+        )
+    folder = RunFolder(path.absolute().parents[1])
+    stages = {stage.name: stage for stage in folder.stored_config().stages}
+    names = list(stages)
+    before = names[: names.index(state["stage"])]
+    origin = folder.stages / before[-1] if before else folder.initial
+    pipeline = UnifiedPipeline.from_pretrained(origin, trust_remote_code)
+    tensors = checkpoint.read(path, "model")
+    averages = checkpoint.read(path, "ema") if weights == "ema" else {}
+    found = tensors | averages
+    for prefix, module in parts(stages[state["stage"]], pipeline).items():
+        own = {n: found[f"{prefix}.{n}"] for n in named_tensors(module) if f"{prefix}.{n}" in found}
+        assign(named_tensors(module), own, path)
+    pipeline.weights = "ema" if averages else "raw"
+    return pipeline
+
+
+def parts(stage: StageConfig, pipeline: UnifiedPipeline) -> dict[str, nn.Module]:
+    """How a stage's objective names the parts of the pipeline that it holds."""
+    if stage.modality is not None:
+        return {"modality": pipeline.modalities[stage.modality]}
+    modalities = {f"modalities.{name}": m for name, m in pipeline.modalities.items()}
+    return {"prior": pipeline.prior, **modalities}
