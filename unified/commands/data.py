@@ -16,20 +16,27 @@ app = typer.Typer(no_args_is_help=True, help="Make shards, and check them.")
 #: names of what was left out that `pack` prints
 SHOWN = 20
 
-Column = Annotated[str | None, typer.Option(help="Of a table: the column's name.")]
+ImageColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of a table: paths, or bytes, of images.")
+]
+TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Of a table: texts.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="By default one a processor.")]
 
 
 @app.command("pack")
 def pack(
-    source: Annotated[Path, typer.Argument(help="A folder, a .jsonl or a .parquet.")],
-    out: Annotated[Path, typer.Argument(help="The folder that the shards are written to.")],
-    image_column: Column = None,
-    text_column: Column = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder, a .jsonl or a .parquet.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write shards to.")],
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Examples in a shard.")] = 1000,
-    shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="Seed of an order.")] = None,
-    val_share: Annotated[float, typer.Option(min=0, max=1, help="Share of val.")] = 0.01,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards.")] = False,
+    shuffle: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Write in random order.")
+    ] = None,
+    val_share: Annotated[float, typer.Option(min=0, max=1, help="Share held out.")] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards in OUT.")] = False,
     workers: Workers = None,
     as_json: AsJson = False,
 ) -> None:

@@ -116,15 +116,16 @@ def check_shards(urls: Sequence[str], workers: int | None = None) -> list[Report
 
 def scan(url: str, judge: Judge | None = None) -> Tally:
     """Everything that is to be said of one shard. Nothing in it is an error."""
-    tally, path = Tally(examples={url: 0}), resolve(url)
+    tally = Tally(examples={url: 0})
     try:
+        path = resolve(url)
         tally.bytes = path.stat().st_size
         for key, run in groupby(_members(path), key=itemgetter(0)):
             _examine(tally, url, key, [(ending, data) for _, ending, data in run], judge)
         if not tally.examples[url]:
             raise ValueError("it has no examples")
-    except FileNotFoundError:
-        tally.bad.append(Bad(url, "", f"there is no file {path}"))
+    except FileNotFoundError as error:
+        tally.bad.append(Bad(url, "", f"there is no file {error.filename}"))
     except (tarfile.TarError, ValueError, OSError) as error:
         tally.bad.append(Bad(url, "", f"damaged, cut short or no plain tar: {one_line(error)}"))
     return tally
