@@ -74,7 +74,7 @@ def captioning(
         max_new_tokens=max_new_tokens,
     )
     pipeline = open_pipeline(checkpoint, trust_remote_code)
-    for text in pipeline.caption(images, prompts, task=task, seed=seed, **options):
+    for text in pipeline.caption(images, prompts=prompts, task=task, seed=seed, **options):
         print(text)
 
 

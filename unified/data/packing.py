@@ -133,7 +133,8 @@ def _order(source: Input, shuffle: int | None) -> list[int]:
 
 def _share(name: str) -> float:
     """A number in [0, 1) that depends on the name and on nothing else."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=6).digest()) / 2**48
+    data = name.encode("utf-8", "surrogateescape")  # a file's name may be other bytes
+    return int.from_bytes(hashlib.blake2b(data, digest_size=6).digest()) / 2**48
 
 
 def _read_all(

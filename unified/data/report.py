@@ -113,11 +113,9 @@ def _rows(told: Mapping[str, Any], batch_size: int | None, ranks: int) -> Iterat
     yield "in a shard", f"{_counts(told['examples_per_shard'])} examples"
     if told["epoch"]:
         steps, share, rest = told["epoch"].values()
-        yield (
-            "an epoch",
-            f"{steps:,} steps of {batch_size} examples, {share} on each of {ranks} ranks, and"
-            f" {rest} that share a step with the next epoch",
-        )
+        each = f", {share} on each of {ranks} ranks" if ranks > 1 else ""
+        left = f"and {rest} that share a step with the next epoch"
+        yield "an epoch", f"{steps:,} steps of {batch_size} examples{each}, {left}"
     for use, count in told["usable"].items():
         yield use, f"{count:,} of {told['examples']:,} examples have what it needs"
 
