@@ -38,7 +38,12 @@ class CaptioningConfig(TaskConfig):
     text: str = "text"
     #: name of the modality that is described
     observes: str = "image"
+    #: what is asked of every image
     instruction: str = "Describe the image."
+    #: field of the .json that holds what is asked of this image, in place of `instruction`
+    question: str | None = None
+    #: field of the .json that holds the answer, in place of the example's text
+    answer: str | None = None
     #: latents per block of the answer
     block: int = Field(16, gt=0)
 
@@ -72,8 +77,10 @@ class Captioning(Task):
         return "C"
 
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        text, question = self.config.text, self.config.question
+        told = question and take(example, text, "captioning", question)
         return {
-            "P": self.config.instruction,
+            "P": self.config.instruction if told is None else told,
             "I": take(example, self.config.observes, "captioning"),
-            "C": take(example, self.config.text, "captioning"),
+            "C": take(example, text, "captioning", self.config.answer),
         }

@@ -30,6 +30,8 @@ from unified.visibility import BEFORE, SAME, UP_TO
 class ContinuationConfig(TaskConfig):
     #: name of the modality that is continued
     text: str = "text"
+    #: field of the .json that holds the passage, in place of the example's text
+    field: str | None = None
     #: latents per block
     block: int = Field(16, gt=0)
     #: longest passage in latents; a longer one is cut
@@ -66,4 +68,4 @@ class Continuation(Task):
         return {"C": self.config.max_tokens}
 
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        return {"C": take(example, self.config.text, "continuation")}
+        return {"C": take(example, self.config.text, "continuation", self.config.field)}

@@ -36,6 +36,8 @@ class TextToImageConfig(TaskConfig):
     text: str = "text"
     #: name of the modality that is painted
     paints: str = "image"
+    #: field of the .json that holds the caption, in place of the example's text
+    caption: str | None = None
     #: latents per block of the caption
     block: int = Field(16, gt=0)
     #: weight of the auxiliary caption loss; the image's is 1
@@ -69,6 +71,6 @@ class TextToImage(Task):
 
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "C": take(example, self.config.text, "text_to_image"),
+            "C": take(example, self.config.text, "text_to_image", self.config.caption),
             "I": take(example, self.config.paints, "text_to_image"),
         }

@@ -217,9 +217,9 @@ def test_generate_captioning(calls, capsys, tmp_path):
     Image.new("L", (6, 5)).save(tmp_path / "a.png")
     options = ["--checkpoint", "here", "--image", str(tmp_path / "a.png")]
     assert run(capsys, "generate", "captioning", *options) == "a picture\n"
-    assert calls[1:] == [("caption", [(6, 5)], None, {"seed": 0})]
-    run(capsys, "generate", "captioning", *options, "--prompt", "What?")
-    assert calls[-1] == ("caption", [(6, 5)], ["What?"], {"seed": 0})
+    assert calls[1:] == [("caption", [(6, 5)], None, {"task": "captioning", "seed": 0})]
+    run(capsys, "generate", "captioning", *options, "--prompt", "What?", "--task", "vqa")
+    assert calls[-1] == ("caption", [(6, 5)], ["What?"], {"task": "vqa", "seed": 0})
 
 
 def test_generate_text_to_image(calls, capsys, tmp_path):

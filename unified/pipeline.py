@@ -129,18 +129,31 @@ class UnifiedPipeline:
         images: Sequence[Any],
         prompts: Sequence[str] | None = None,
         max_new_tokens: int | None = None,
+        task: str = "captioning",
         **settings: Any,
     ) -> list[str]:
-        """A text about each image, told by `prompts` (default: the instruction of training)."""
+        """A text about each image, told by `prompts` (default: the instruction of training).
+
+        `task` is the model's name for the task. One that learned from a question of each image has
+        no instruction: ValueError without `prompts`.
+        """
         if not isinstance(images, Sequence) or isinstance(images, str):
             kind = type(images).__name__
             raise ValueError(f"images must be a list, found one {kind}: put it in a list")
-        told = [self._task("captioning").config.instruction] * len(images)
-        told = told if prompts is None else list(texts(prompts))
+        told = [self._told(task)] * len(images) if prompts is None else list(texts(prompts))
         if len(told) != len(images):
             raise ValueError(f"{len(told)} prompts for {len(images)} images; give one for each")
         given = [{"I": image, "P": prompt} for image, prompt in zip(images, told, strict=True)]
-        return self.generate("captioning", given, self._new_tokens(max_new_tokens), **settings)
+        return self.generate(task, given, self._new_tokens(max_new_tokens), **settings)
+
+    def _told(self, task: str) -> str:
+        """What `task` is told where the caller tells nothing."""
+        config = self._task(task).config
+        if getattr(config, "question", None) or not hasattr(config, "instruction"):
+            raise ValueError(
+                f"{task} has no instruction for every image: give prompts, one for each"
+            )
+        return str(config.instruction)
 
     def text_to_image(
         self, prompts: Sequence[str], size: int | tuple[int, int] | None = None, **settings: Any

@@ -77,7 +77,7 @@ class ImageModality(Modality):
     """RGB images over a `Codec`."""
 
     Config = ImageConfig
-    extensions: ClassVar[tuple[str, ...]] = ("webp", "png", "jpg", "jpeg")
+    extensions: ClassVar[tuple[str, ...]] = ("webp", "png", "jpg", "jpeg", "gif")
     config: ImageConfig
     shift: Tensor
     scale: Tensor

@@ -23,6 +23,8 @@ from unified.config import GenerationConfig
 
 app = typer.Typer(no_args_is_help=True, help="Generate text or images from a checkpoint.")
 
+TaskName = Annotated[str, typer.Option(help="The model's own name for the task.")]
+
 
 @app.command("continuation")
 def continuation(
@@ -54,6 +56,7 @@ def captioning(
     image: Annotated[list[Path], typer.Option(help="An image file; repeat it for several.")],
     settings: Settings = None,
     prompt: Annotated[str | None, typer.Option(help="Instruction, e.g. a question.")] = None,
+    task: TaskName = "captioning",
     seed: Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -71,7 +74,7 @@ def captioning(
         max_new_tokens=max_new_tokens,
     )
     pipeline = open_pipeline(checkpoint, trust_remote_code)
-    for text in pipeline.caption(images, prompts=prompts, seed=seed, **options):
+    for text in pipeline.caption(images, prompts=prompts, task=task, seed=seed, **options):
         print(text)
 
 

@@ -1,0 +1,109 @@
+"""``unified data``: make shards, and check them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unified.commands.options import AsJson, Trust
+
+app = typer.Typer(no_args_is_help=True, help="Make shards, and check them.")
+
+#: names of what was left out that `pack` prints
+SHOWN = 20
+
+ImageColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of a table: paths, or bytes, of images.")
+]
+TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Of a table: texts.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="By default one a processor.")]
+
+
+@app.command("pack")
+def pack(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder, a .jsonl or a .parquet.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write shards to.")],
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Examples in a shard.")] = 1000,
+    shuffle: Annotated[
+        int | None, typer.Option(metavar="SEED", help="Write in random order.")
+    ] = None,
+    val_share: Annotated[float, typer.Option(min=0, max=1, help="Share held out.")] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards in OUT.")] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make shards of a folder of images and texts, or of a table."""
+    from unified.data.inputs import open_input
+    from unified.data.packing import pack as run
+
+    packed = run(
+        open_input(source, image_column, text_column),
+        out,
+        shard_size=shard_size,
+        shuffle=shuffle,
+        val_share=val_share,
+        overwrite=overwrite,
+        workers=workers,
+    )
+    if as_json:
+        print(json.dumps(asdict(packed), indent=2))
+        return
+    from unified.data.report import size
+
+    for split, shards in packed.shards.items():
+        many = f"{len(shards):,} shard{'s' * (len(shards) != 1)}"
+        print(f"{split}: {packed.examples[split]:,} examples in {many}")
+    print(f"{out}: {size(packed.bytes)}; left out: {len(packed.left_out):,}")
+    for left in packed.left_out[:SHOWN]:
+        print(f"  {left.name}: {left.reason}")
+    if len(packed.left_out) > SHOWN:
+        print(f"  and {len(packed.left_out) - SHOWN:,} more; --json has all")
+
+
+@app.command("check")
+def check(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG [KEY=VALUE]... | SHARD...",
+            help="A configuration, whose sources are checked, or shards (.tar, embedded:...).",
+        ),
+    ],
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a step.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share a step.")] = 1,
+    workers: Workers = None,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Read all shards and tell what is in them; exit code 1 if anything is bad."""
+    from unified.data import report as view
+
+    if ranks > 1 and batch_size is None:
+        raise ValueError("--ranks needs --batch-size: the examples of one step over all ranks")
+    view.epoch(0, batch_size, ranks)  # a batch that does not divide is told before all the reading
+    reports = _reports(what, workers, trust_remote_code)
+    if as_json:
+        told = [view.as_json(report, batch_size, ranks) for report in reports]
+        print(json.dumps({"sources": told, "bad": view.total(reports)}, indent=2))
+    else:
+        print("\n\n".join(view.as_text(report, batch_size, ranks) for report in reports))
+        print(f"\n{view.EVEN}\n{view.total(reports) or 'nothing'} bad")
+    if view.total(reports):
+        raise typer.Exit(1)
+
+
+def _reports(what: list[str], workers: int | None, trust: bool) -> Any:
+    from unified.configuring import load_config
+    from unified.data.checking import check_config, check_shards
+
+    if what[0].startswith("embedded:") or what[0].endswith(".tar"):
+        return check_shards(what, workers)
+    return check_config(load_config(what[0], what[1:]), trust, workers)
