@@ -7,7 +7,6 @@ processes of their own, each example by example, on nothing but `tarfile`.
 from __future__ import annotations
 
 import os
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,12 +22,13 @@ from PIL import Image
 
 from unified.config import Config
 from unified.data.members import check_pixels, read_member, upright_size
-from unified.data.shards import RawExample, resolve
+from unified.data.remote import Access
+from unified.data.shards import END_OF_TAR, RawExample, split_name
+from unified.data.source import access_of
 from unified.errors import one_line
 
-#: key and ending of a member, as readers of shards part its name
-NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
-BLOCK, END_OF_TAR = 512, 1024
+#: members of a tar file begin at multiples of this many bytes
+BLOCK = 512
 
 Judge = Callable[[RawExample], tuple[list[str], list[str]]]
 
@@ -114,11 +114,11 @@ def check_shards(urls: Sequence[str], workers: int | None = None) -> list[Report
     return _check({("shards", ""): urls}, None, False, workers)
 
 
-def scan(url: str, judge: Judge | None = None) -> Tally:
+def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> Tally:
     """Everything that is to be said of one shard. Nothing in it is an error."""
     tally = Tally(examples={url: 0})
     try:
-        path = resolve(url)
+        path = (access or Access()).path(url)
         tally.bytes = path.stat().st_size
         for key, run in groupby(_members(path), key=itemgetter(0)):
             _examine(tally, url, key, [(ending, data) for _, ending, data in run], judge)
@@ -161,10 +161,10 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
         end = 0
         for info in tar:
             end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-            parts = NAME.fullmatch(info.name)
+            name = split_name(info.name)
             member = tar.extractfile(info) if info.isreg() else None
-            if parts and member:
-                yield parts[1], parts[2].lower(), member.read()
+            if name and member:
+                yield *name, member.read()
             tar.members.clear()  # type: ignore[attr-defined]
         _check_end(file, end)
 
@@ -224,7 +224,10 @@ def _tallies(asked: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Tally]:
 
 def _scan(asked: tuple[str, str, str | None, bool]) -> Tally:
     url, source, config, trust = asked
-    return scan(url, _needs(config, trust)[source].judge if config else None)
+    if config is None:
+        return scan(url)
+    access = access_of(Config.model_validate_json(config).data)
+    return scan(url, _needs(config, trust)[source].judge, access)
 
 
 def _uses(source: str, config: str | None, trust: bool) -> tuple[str, ...]:

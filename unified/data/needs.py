@@ -51,7 +51,8 @@ def needs(config: Config, trust_remote_code: bool = False) -> dict[str, Needs]:
         }
     uses: dict[str, dict[str, Callable[[Example], Any]]] = {n: {} for n in config.data.sources}
     for name, task in build_tasks(config, trust_remote_code).items():
-        uses[task.config.source][f"task {name}"] = task.fill
+        for source in task.config.sources:
+            uses[source][f"task {name}"] = task.fill
     for stage in config.stages:
         for source in stage.sources if stage.modality else ():
             uses[source][f"stage {stage.name}"] = itemgetter(stage.modality)
