@@ -9,6 +9,7 @@ Every option of training has a test that would fail if the option did nothing:
                  optimizer (vae_lr_ratio)                                         here
                  optimizer (all else), interval, accumulate, batch_size           test_training.py
                  steps                                                            test_run.py
+                 alignment                                                        test_alignment.py
 """
 
 from __future__ import annotations

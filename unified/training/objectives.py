@@ -23,6 +23,7 @@ from unified.modality import Latent, Modality, Posterior, draw
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.training.alignment import Alignment
 from unified.training.objective import Objective
 from unified.visibility import Visibility
 
@@ -101,11 +102,13 @@ class JointObjective(Objective):
         flow: FlowConfig,
         seed: int,
         references: Mapping[str, Modality] | None = None,
+        alignment: Alignment | None = None,
     ):
         super().__init__()
         self.prior = prior
         self.modalities = nn.ModuleDict(modalities)
         self.references = nn.ModuleDict(references or {}).requires_grad_(False)
+        self.alignment = alignment
         self.layouts, self.stage, self.seed = layouts, stage, seed
         self.visibility = Visibility({name: x.sees for name, x in layouts.items()})
         locations = {name: m.timestep_location for name, m in modalities.items()}
@@ -125,6 +128,8 @@ class JointObjective(Objective):
         tasks = [e.stream for e in examples]
         draws = self.flow.draw(batch, tasks, self.prior.channels, seeds.each(examples, "flow"))
         counts = FlowMatching.counts(draws)
+        if self.alignment is not None:
+            counts |= self.alignment.counts(draws)
         for m in sorted(self.learning):
             observed = [o for _, _, o in self._observed(examples, m)]
             counts |= {f"{m}/{term}": n for term, n in self.modality(m).counts(observed).items()}
@@ -165,7 +170,12 @@ class JointObjective(Objective):
         draws = {m: d.to(device) for m, d in plan.draws.items()}
         batch = plan.batch.to(device).with_latents(values)
         noisy, targets = self.flow.corrupt(batch, draws)
-        return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+        if self.alignment is None or self.alignment.term not in plan.counts:
+            return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+        tap = self.alignment.tap()
+        sums |= FlowMatching.loss(self.prior(noisy, watch=tap), targets, draws)
+        grids = [self._grids(e) for e in plan.examples]
+        return sums | self.alignment.loss(tap, batch, draws, plan.examples, grids)
 
     def _encode(
         self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
@@ -221,8 +231,11 @@ class JointObjective(Objective):
             own["entropy"] = own.pop("kl")
             weights |= {f"{m}/{term}": loss.vae * w for term, w in own.items()}
             weights[f"{m}/ref"] = loss.ref
+        if self.alignment is not None:
+            weights[self.alignment.term] = self.alignment.config.weight
         return weights
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         vae = [p for m in sorted(self.learning) for p in self.modalities[m].parameters()]
-        return {"main": list(self.prior.parameters()), "vae": vae}
+        projection = [] if self.alignment is None else list(self.alignment.parameters())
+        return {"main": [*self.prior.parameters(), *projection], "vae": vae}

@@ -55,7 +55,8 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     if accelerator.is_main_process:
         folder.write_config(config)
     for stage in config.stages[first:]:
-        run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
+        materials = Materials(config, stage, pipeline, sources, trust_remote_code)
+        run_stage(materials, folder, accelerator)
     if accelerator.is_main_process:
         pipeline.save_pretrained(folder.final)
         say(f"finished: {folder.final}")

@@ -23,7 +23,9 @@ from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
 from unified.plugins import modality_plugins
+from unified.randomness import derive
 from unified.training import samples
+from unified.training.alignment import Alignment
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
 
@@ -74,12 +76,19 @@ class Materials:
     """What one stage is made of, given the pipeline as it stands when the stage begins."""
 
     def __init__(
-        self, config: Config, stage: StageConfig, pipeline: UnifiedPipeline, sources: Sources
+        self,
+        config: Config,
+        stage: StageConfig,
+        pipeline: UnifiedPipeline,
+        sources: Sources,
+        trust_remote_code: bool = False,
     ):
         self.config, self.stage, self.pipeline, self.sources = config, stage, pipeline, sources
+        self.trust_remote_code = trust_remote_code
 
     def objective(self) -> Objective:
-        return OBJECTIVES[self.stage.objective](self.config, self.stage, self.pipeline)
+        make = OBJECTIVES[self.stage.objective]
+        return make(self.config, self.stage, self.pipeline, self.trust_remote_code)
 
     @cached_property
     def streams(self) -> list[tuple[ItemStream | TaskStream, str, float]]:
@@ -152,12 +161,17 @@ class Materials:
             self.pipeline.modalities[name].eval().fit_statistics(observations[name])
 
 
-def _autoencoder(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+def _autoencoder(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Objective:
+    del trust_remote_code
     modality = pipeline.modalities[str(stage.modality)]
     return AutoencoderObjective(modality, stage, config.run.seed)
 
 
-def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+def _joint(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Objective:
     """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
     anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
     learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
@@ -169,10 +183,22 @@ def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Obj
         config.flow,
         config.run.seed,
         {name: deepcopy(modality) for name, modality in learning.items()},
+        _alignment(config, stage, pipeline, trust_remote_code),
     )
 
 
-OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline], Objective]] = {
+def _alignment(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Alignment | None:
+    """With ``alignment``, its encoder and a new projection."""
+    if stage.alignment is None:
+        return None
+    torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
+    modality = pipeline.modalities[stage.alignment.modality]
+    return Alignment.build(stage.alignment, modality, config.prior.width, trust_remote_code)
+
+
+OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, bool], Objective]] = {
     "autoencoder": _autoencoder,
     "joint": _joint,
 }
