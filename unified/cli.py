@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from unified.commands import convert, evaluate, generate, inspect, show, tokenizer
+from unified.commands import convert, evaluate, generate, inspect, runs, show, tokenizer
 from unified.commands.options import (
     AsJson,
     Checkpoint,
@@ -41,6 +41,7 @@ for _name, _group in {
     "show": show,
     "eval": evaluate,
     "inspect": inspect,
+    "runs": runs,
     "tokenizer": tokenizer,
     "convert": convert,
 }.items():
