@@ -87,7 +87,8 @@ class Stage:
 
     Every `training.validate_every` steps and at the end `validate` gives named values, with the
     averaged weights in place; the lowest ``loss`` among them marks the best checkpoint. Every
-    `training.sample_every` steps `sample` writes into the folder it is given.
+    `training.sample_every` steps `sample` writes into the folder it is given, and
+    returns what it wrote, by name.
     """
 
     config: StageConfig
@@ -99,7 +100,7 @@ class Stage:
     first: int = 0
     prefetch: int = 2
     validate: Callable[[int], dict[str, float]] | None = None
-    sample: Callable[[int, Path], None] | None = None
+    sample: Callable[[int, Path], Mapping[str, Any]] | None = None
 
     @property
     def steps(self) -> int:
@@ -406,7 +407,8 @@ class Loop:
         folder = self.stage.folder.samples / f"{self.stage.config.name}-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         with self._evaluating():
-            self.stage.sample(step, folder)
+            items = self.stage.sample(step, folder)
+        self.metrics.write_samples(step, items)
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:

@@ -133,9 +133,11 @@ class Materials:
             for name, examples in self.held_out.items()
         }
 
-    def sample(self, step: int, folder: Path) -> None:
-        """Write what the model makes of the first held-out examples into `folder`."""
+    def sample(self, step: int, folder: Path) -> dict[str, Any]:
+        """Write what the model makes of the first held-out examples into `folder`; the items by
+        name."""
         del step
+        written: dict[str, Any] = {}
         for stream, examples in self.held_out.items():
             few = examples[: samples.SAMPLES]
             if self.stage.modality is not None:
@@ -145,7 +147,8 @@ class Materials:
                 task = self.pipeline.tasks[stream]
                 modality = self.pipeline.modalities[task.layout[task.generates].modality]
                 items = samples.generate(self.pipeline, stream, few, self.config.generation)
-            samples.write(folder, stream, modality, items)
+            written |= samples.write(folder, stream, modality, items)
+        return written
 
     @torch.no_grad()
     def fit_statistics(self, names: Set[str]) -> None:
