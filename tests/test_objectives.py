@@ -10,6 +10,7 @@ Every option of training has a test that would fail if the option did nothing:
                  optimizer (all else), interval, accumulate, batch_size           test_training.py
                  too_long                                                         test_data.py
                  steps                                                            test_run.py
+                 alignment                                                        test_alignment.py
 """
 
 from __future__ import annotations

@@ -172,8 +172,11 @@ def test_validation_and_samples_use_the_averages(tmp_path: Path, accelerator: Ac
         assert not torch.is_grad_enabled()
         return {"loss": float(step)}
 
-    stage.validate = validate
-    stage.sample = lambda step, folder: (folder / "a.txt").write_text(str(step))
+    def sample(step: int, folder: Path) -> dict[str, str]:
+        (folder / "a.txt").write_text(str(step))
+        return {"a": str(step)}
+
+    stage.validate, stage.sample = validate, sample
     train_stage(stage, accelerator)
     assert stage.objective.main.weight.equal(seen[-1])
     assert not raw_weights(tmp_path)["main.weight"].equal(seen[-1])

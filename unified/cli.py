@@ -14,7 +14,16 @@ from typing import Annotated
 
 import typer
 
-from unified.commands import convert, data, evaluate, generate, inspect, show, tokenizer
+from unified.commands import (
+    convert,
+    data,
+    evaluate,
+    generate,
+    inspect,
+    runs,
+    show,
+    tokenizer,
+)
 from unified.commands.options import (
     AsJson,
     Checkpoint,
@@ -42,6 +51,7 @@ for _name, _group in {
     "eval": evaluate,
     "inspect": inspect,
     "data": data,
+    "runs": runs,
     "tokenizer": tokenizer,
     "convert": convert,
 }.items():

@@ -111,6 +111,21 @@ class LossConfig(Part):
     modality: dict[str, float] = {}
 
 
+class AlignmentConfig(Part):
+    """Alignment of the prior's features with those of a frozen encoder (REPA, arXiv 2410.06940)."""
+
+    #: whose noisy positions are aligned
+    modality: str = "image"
+    #: "package.module:attribute", called with `options`; see `unified.training.alignment`
+    encoder: str
+    options: dict[str, Any] = {}
+    #: the features are those after this many blocks of the prior
+    layer: int = Field(8, gt=0)
+    weight: float = Field(0.5, ge=0, allow_inf_nan=False)
+    #: width of the projection's hidden layers
+    hidden: int = Field(2048, gt=0)
+
+
 class OptimizerConfig(Part):
     lr: float = 1e-3
     #: learning rate of the autoencoders in a joint stage, relative to `lr`; 0 freezes them
@@ -154,11 +169,18 @@ class StageConfig(Part):
     interval: IntervalConfig | None = None
     #: train the prior on posterior samples, or on posterior means
     posterior: Literal["sample", "mean"] = "sample"
+    #: joint stages: align features of the prior with those of a frozen encoder
+    alignment: AlignmentConfig | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> StageConfig:
         if self.objective == "autoencoder" and not (self.modality and self.sources):
             raise ValueError(f"stage {self.name}: an autoencoder stage needs modality and sources")
+        if self.objective == "autoencoder" and self.alignment:
+            raise ValueError(
+                f"stage {self.name}: alignment is of the prior's features, but an autoencoder"
+                " stage trains no prior; it belongs in a joint stage"
+            )
         if self.loss.ref and not self.optimizer.vae_lr_ratio:
             raise ValueError(
                 f"stage {self.name}: loss.ref holds learning autoencoders to a reference, but"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from unified.config import Config, PluginPart
+from unified.config import Config, PluginPart, StageConfig
 from unified.errors import Keys, did_you_mean, validated
-from unified.registry import Group, resolve
+from unified.registry import Group, resolve, trusted
 
 if TYPE_CHECKING:
     from unified.modality import Modality, PluginConfig
@@ -67,6 +67,8 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
     for modality in config.flow.timesteps:
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
+    for stage in config.stages:
+        _validate_alignment(config, stage, trust_remote_code)
 
 
 def _validate_stages(config: Config, ratios: float) -> None:
@@ -84,6 +86,21 @@ def _validate_stages(config: Config, ratios: float) -> None:
             raise ValueError(
                 f"{where} has a zero-weight objective: no {parts} with a ratio above 0"
             )
+
+
+def _validate_alignment(config: Config, stage: StageConfig, trust_remote_code: bool) -> None:
+    """The features to align exist, and so does what they are aligned with."""
+    alignment = stage.alignment
+    if alignment is None:
+        return
+    where = f"stage {stage.name}, alignment"
+    _known(alignment.modality, config.modalities, where, "modality")
+    depth = config.prior.multi_stream_depth + config.prior.single_stream_depth
+    if alignment.layer > depth:
+        raise ValueError(
+            f"{where}.layer is {alignment.layer}, but the prior has {depth} blocks: 1 to {depth}"
+        )
+    trusted("encoder", alignment.encoder, trust_remote_code)
 
 
 def _known(name: str, known: Iterable[str], where: str, what: str) -> None:

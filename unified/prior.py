@@ -20,7 +20,7 @@ modality, W width, H heads, D channels of a head, T distinct timesteps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +46,13 @@ from unified.sequence import PackedBatch
 
 #: name of the single stream that all modalities share
 SHARED = "shared"
+
+#: is told the number of a block, from 1, and the streams that the block gave
+Watch = Callable[[int, Mapping[str, Tensor]], None]
+
+
+def unwatched(number: int, streams: Mapping[str, Tensor]) -> None:
+    """Watches nothing."""
 
 
 @dataclass(frozen=True)
@@ -181,9 +188,12 @@ class Prior(nn.Module):
             nn.init.zeros_(head.modulation.weight)
             nn.init.zeros_(head.proj.weight)
 
-    def forward(self, batch: PackedBatch, cache: KVCache | None = None) -> dict[str, Tensor]:
-        """Velocity [N, C] of every latent, per modality; `cache` is read, not written."""
-        x, context = self._run(batch, cache, commit=False)
+    def forward(
+        self, batch: PackedBatch, cache: KVCache | None = None, watch: Watch = unwatched
+    ) -> dict[str, Tensor]:
+        """Velocity [N, C] of every latent, per modality; `cache` is read, not written. `watch`
+        sees the features between the blocks: streams [N, W], or ``SHARED`` [R * L, W]."""
+        x, context = self._run(batch, cache, commit=False, watch=watch)
         return {
             m: self.project_out[m](x[context.where[m]], context.c_TW, context.t[m])
             for m in batch.latents
@@ -195,18 +205,24 @@ class Prior(nn.Module):
         cache.coordinates = cache.keys(batch.coordinates)
 
     def _run(
-        self, batch: PackedBatch, cache: KVCache | None, commit: bool
+        self,
+        batch: PackedBatch,
+        cache: KVCache | None,
+        commit: bool,
+        watch: Watch = unwatched,
     ) -> tuple[Tensor, Context]:
         """All blocks: features [R * L, W] and the context they were computed in."""
         context = self._context(batch, cache, commit)
         x = {m: wide(self.project_in[m](z)) for m, z in batch.latents.items()}
         cut = self.config.multi_stream_depth
-        for block in self.blocks[:cut]:
+        for number, block in enumerate(self.blocks[:cut], 1):
             x = self._through(block, x, context)
+            watch(number, x)
         x_NW = gather_rows(x, context.where, context.shape).flatten(0, 1)
         single = replace(context, where={SHARED: slice(None)}, t={SHARED: context.index})
-        for block in self.blocks[cut:]:
+        for number, block in enumerate(self.blocks[cut:], cut + 1):
             x_NW = self._through(block, {SHARED: x_NW}, single)[SHARED]
+            watch(number, {SHARED: x_NW})
         return x_NW, context
 
     def _through(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Literal
+from typing import Any, Literal
 
 from unified.errors import did_you_mean
 
@@ -46,25 +46,38 @@ def resolve(group: Group, name: str, trust_remote_code: bool = False) -> type:
         known = names(group)
         if name not in known:
             raise ValueError(f"unknown {group} {name!r}; {did_you_mean(name, known)}")
-        return _load(group, known[name])
+        return _plugin_class(group, known[name], _follow(group, known[name]))
+    return _plugin_class(group, name, trusted(group, name, trust_remote_code))
+
+
+def trusted(what: str, path: str, trust_remote_code: bool) -> Any:
+    """What ``"package.module:attribute"`` leads to, where paths to code are trusted.
+
+    ValueError, which calls it a `what`, where they are not and for a path that leads nowhere.
+    """
+    if ":" not in path:
+        raise ValueError(f"the {what} {path!r} should be a path to code: package.module:attribute")
     if not trust_remote_code:
         raise ValueError(
-            f"the {group} {name!r} is a path to code, which runs only with trust_remote_code=True"
+            f"the {what} {path!r} is a path to code, which runs only with trust_remote_code=True"
             " (--trust-remote-code): pass it if you trust whoever wrote that code"
         )
-    return _load(group, name)
+    return _follow(what, path)
 
 
-def _load(group: Group, path: str) -> type:
+def _follow(what: str, path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        return getattr(import_module(module), attribute)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module exists, but something that it imports does not
-        raise ValueError(f"the {group} {path!r} names a module that cannot be found") from None
+        raise ValueError(f"the {what} {path!r} names a module that cannot be found") from None
     except AttributeError:
-        raise ValueError(f"the {group} {path!r}: {module} has no {attribute!r}") from None
+        raise ValueError(f"the {what} {path!r}: {module} has no {attribute!r}") from None
+
+
+def _plugin_class(group: Group, path: str, found: Any) -> type:
     if not isinstance(found, type) or not hasattr(found, "Config"):
         raise ValueError(f"the {group} {path!r} should be a class with a Config, found {found!r}")
     return found

@@ -135,7 +135,8 @@ class Stage:
 
     Every `training.validate_every` steps and at the end `validate` gives named values, with the
     averaged weights in place; the lowest ``loss`` among them marks the best checkpoint. Every
-    `training.sample_every` steps `sample` writes into the folder it is given.
+    `training.sample_every` steps `sample` writes into the folder it is given, and
+    returns what it wrote, by name.
     """
 
     config: StageConfig
@@ -147,7 +148,7 @@ class Stage:
     first: int = 0
     prefetch: int = 2
     validate: Callable[[int], dict[str, float]] | None = None
-    sample: Callable[[int, Path], None] | None = None
+    sample: Callable[[int, Path], Mapping[str, Any]] | None = None
 
     @property
     def steps(self) -> int:
@@ -518,7 +519,8 @@ class Loop:
         with tempfile.TemporaryDirectory() as elsewhere, self._evaluating():
             target = folder if main else Path(elsewhere)
             target.mkdir(parents=True, exist_ok=True)
-            self.stage.sample(step, target)
+            items = self.stage.sample(step, target)
+        self.metrics.write_samples(step, items)
 
 
 @dataclass

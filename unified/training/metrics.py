@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from unified.weights import write_text
@@ -41,6 +43,12 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+#: trackers that an extra of this package brings
+EXTRAS = ("wandb", "trackio")
+#: what a tracker must be told of an array [B, H, W, 3]
+IMAGE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
+
+
 def tracker_names(names: list[str]) -> list[str]:
     """`names`, once all of them are known to be installed (accelerate drops others silently)."""
     from accelerate.tracking import get_available_trackers
@@ -48,8 +56,9 @@ def tracker_names(names: list[str]) -> list[str]:
     available = sorted(tracker.value for tracker in get_available_trackers())
     for name in names:
         if name not in available:
+            remedy = f": pip install 'unified-latents[{name}]', or" if name in EXTRAS else ";"
             raise ValueError(
-                f"training.trackers asks for {name}, which is not installed; there are"
+                f"training.trackers asks for {name}, which is not installed{remedy} choose from"
                 f" {', '.join(available)}"
             )
     return names
@@ -101,6 +110,22 @@ class Metrics:
         tagged = {f"{self.stage}/{key}": value for key, value in values.items()}
         self.accelerator.log(tagged, step=self.first + step)
         self._show(step, values)
+
+    def write_samples(self, step: int, items: Mapping[str, Any]) -> None:
+        """Hand texts and images to the trackers that can show them. Main process only."""
+        tagged = {f"{self.stage}/{name}": item for name, item in items.items()}
+        texts = {tag: item for tag, item in tagged.items() if isinstance(item, str)}
+        if texts:
+            self.accelerator.log(texts, step=self.first + step)
+        images = {
+            tag: np.asarray(item.convert("RGB"))[None]
+            for tag, item in tagged.items()
+            if isinstance(item, Image.Image)
+        }
+        for tracker in self.accelerator.trackers if images else ():
+            if hasattr(tracker, "log_images"):
+                options = IMAGE_OPTIONS.get(tracker.name, {})
+                tracker.log_images(images, step=self.first + step, **options)
 
     def advance(self) -> None:
         """Move the bar by one step."""

@@ -10,7 +10,7 @@ batch gives the same loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -24,6 +24,7 @@ from unified.modality import Latent, Modality, Posterior, draw
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.training.alignment import Alignment
 from unified.training.objective import Objective
 from unified.visibility import Visibility
 
@@ -82,6 +83,12 @@ def autoencoder_weights(modality: Modality, stage: StageConfig) -> dict[str, flo
     return weights
 
 
+def nothing(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0, with gradients of 0: what a process adds that has nothing of a kind, where others do."""
+    learners = [p.sum() for p in parameters if p.requires_grad]
+    return 0.0 * torch.stack(learners).sum() if learners else torch.zeros(())
+
+
 @dataclass(frozen=True)
 class JointPlan:
     """A packed batch still without latents, and everything chance decides about it."""
@@ -109,11 +116,13 @@ class JointObjective(Objective):
         flow: FlowConfig,
         seed: int,
         references: Mapping[str, Modality] | None = None,
+        alignment: Alignment | None = None,
     ):
         super().__init__()
         self.prior = prior
         self.modalities = nn.ModuleDict(modalities)
         self.references = nn.ModuleDict(references or {}).requires_grad_(False)
+        self.alignment = alignment
         self.layouts, self.stage, self.seed = layouts, stage, seed
         self.visibility = Visibility({name: x.sees for name, x in layouts.items()})
         locations = {name: m.timestep_location for name, m in modalities.items()}
@@ -133,6 +142,8 @@ class JointObjective(Objective):
         tasks = [e.stream for e in examples]
         draws = self.flow.draw(batch, tasks, self.prior.channels, seeds.each(examples, "flow"))
         counts = FlowMatching.counts(draws)
+        if self.alignment is not None:
+            counts |= self.alignment.counts(draws)
         for m in sorted(self.learning):
             observed = [o for _, _, o in self._observed(examples, m)]
             counts |= {f"{m}/{term}": n for term, n in self.modality(m).counts(observed).items()}
@@ -173,8 +184,16 @@ class JointObjective(Objective):
         draws = {m: d.to(device) for m, d in plan.draws.items()}
         batch = plan.batch.to(device).with_latents(values)
         noisy, targets = self.flow.corrupt(batch, draws)
-        velocities = self.prior(noisy.with_streams(self.prior.channels))
-        return sums | FlowMatching.loss(velocities, targets, draws)
+        noisy = noisy.with_streams(self.prior.channels)
+        if self.alignment is None:
+            return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+        if self.alignment.term not in plan.counts:
+            sums[self.alignment.term] = nothing(self.alignment.parameters())
+            return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+        tap = self.alignment.tap()
+        sums |= FlowMatching.loss(self.prior(noisy, watch=tap), targets, draws)
+        grids = [self._grids(e) for e in plan.examples]
+        return sums | self.alignment.loss(tap, batch, draws, plan.examples, grids)
 
     def _encode(
         self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
@@ -182,7 +201,8 @@ class JointObjective(Objective):
         """Latents of everything of modality `m` into `values`; its loss terms where it learns."""
         modality, observed = self.modality(m), self._observed(plan.examples, m)
         if not observed:
-            return self._absent(m)
+            learning = m in self.learning
+            return {f"{m}/entropy": nothing(self.modality(m).parameters())} if learning else {}
         observations = [o for _, _, o in observed]
         with nullcontext() if m in self.learning else torch.no_grad():
             posteriors = modality.encode(observations)
@@ -202,13 +222,6 @@ class JointObjective(Objective):
         if m in self.references:
             sums["ref"] = self._reference_kl(m, observations, posteriors)
         return {f"{m}/{term}": value for term, value in sums.items()}
-
-    def _absent(self, m: str) -> dict[str, Tensor]:
-        """Nothing to encode: gradients of 0, where other processes have some."""
-        learners = [p for p in self.modality(m).parameters() if p.requires_grad]
-        if m not in self.learning or not learners:
-            return {}
-        return {f"{m}/entropy": 0.0 * torch.stack([p.sum() for p in learners]).sum()}
 
     def _latent(self, posterior: Posterior, generator: torch.Generator) -> Latent:
         if self.stage.posterior == "mean":
@@ -237,8 +250,11 @@ class JointObjective(Objective):
             own["entropy"] = own.pop("kl")
             weights |= {f"{m}/{term}": loss.vae * w for term, w in own.items()}
             weights[f"{m}/ref"] = loss.ref
+        if self.alignment is not None:
+            weights[self.alignment.term] = self.alignment.config.weight
         return weights
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         vae = [p for m in sorted(self.learning) for p in self.modalities[m].parameters()]
-        return {"main": list(self.prior.parameters()), "vae": vae}
+        projection = [] if self.alignment is None else list(self.alignment.parameters())
+        return {"main": [*self.prior.parameters(), *projection], "vae": vae}

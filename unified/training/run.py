@@ -53,7 +53,8 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
         if accelerator.is_main_process:
             folder.write_config(config)
         for stage in config.stages[first:]:
-            run_stage(Materials(config, stage, pipeline, sources), folder, accelerator)
+            materials = Materials(config, stage, pipeline, sources, trust_remote_code)
+            run_stage(materials, folder, accelerator)
             if config.training.sharding != "none":  # whole again, from what the stage left
                 done = folder.stages / stage.name
                 pipeline = open_pipeline(done, config, accelerator, trust_remote_code)

@@ -67,7 +67,9 @@ def request(layout: Layout, target: str, latents: Mapping[str, Latent], seed: in
     return Request(given, grid, seed)
 
 
-def write(folder: Path, stream: str, modality: Modality, items: Sequence[Any]) -> None:
-    """One file an item: ``STREAM-INDEX`` and the modality's ending."""
-    for index, item in enumerate(items):
-        modality.write(item, folder / f"{stream}-{index}")
+def write(folder: Path, stream: str, modality: Modality, items: Sequence[Any]) -> dict[str, Any]:
+    """One file an item: ``STREAM-INDEX`` and the modality's ending. Returns the items by name."""
+    named = {f"{stream}-{index}": item for index, item in enumerate(items)}
+    for name, item in named.items():
+        modality.write(item, folder / name)
+    return named

@@ -24,7 +24,9 @@ from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
 from unified.plugins import modality_plugins
+from unified.randomness import derive
 from unified.training import samples
+from unified.training.alignment import Alignment
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
 
@@ -79,12 +81,19 @@ class Materials:
     """What one stage is made of, given the pipeline as it stands when the stage begins."""
 
     def __init__(
-        self, config: Config, stage: StageConfig, pipeline: UnifiedPipeline, sources: Sources
+        self,
+        config: Config,
+        stage: StageConfig,
+        pipeline: UnifiedPipeline,
+        sources: Sources,
+        trust_remote_code: bool = False,
     ):
         self.config, self.stage, self.pipeline, self.sources = config, stage, pipeline, sources
+        self.trust_remote_code = trust_remote_code
 
     def objective(self) -> Objective:
-        return OBJECTIVES[self.stage.objective](self.config, self.stage, self.pipeline)
+        make = OBJECTIVES[self.stage.objective]
+        return make(self.config, self.stage, self.pipeline, self.trust_remote_code)
 
     @cached_property
     def streams(self) -> list[tuple[str, ItemStream | TaskStream, str, float]]:
@@ -139,9 +148,11 @@ class Materials:
             for name, examples in self.held_out.items()
         }
 
-    def sample(self, step: int, folder: Path) -> None:
-        """Write what the model makes of the first held-out examples into `folder`."""
+    def sample(self, step: int, folder: Path) -> dict[str, Any]:
+        """Write what the model makes of the first held-out examples into `folder`; the items by
+        name."""
         del step
+        written: dict[str, Any] = {}
         for stream, examples in self.held_out.items():
             few = examples[: samples.SAMPLES]
             if self.stage.modality is not None:
@@ -152,7 +163,8 @@ class Materials:
                 task = self.pipeline.tasks[name]
                 modality = self.pipeline.modalities[task.layout[task.generates].modality]
                 items = samples.generate(self.pipeline, name, few, self.config.generation)
-            samples.write(folder, stream.replace("/", "-"), modality, items)
+            written |= samples.write(folder, stream.replace("/", "-"), modality, items)
+        return written
 
     @torch.no_grad()
     def fit_statistics(self, names: Set[str]) -> None:
@@ -168,12 +180,17 @@ class Materials:
             self.pipeline.modalities[name].eval().fit_statistics(observations[name])
 
 
-def _autoencoder(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+def _autoencoder(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Objective:
+    del trust_remote_code
     modality = pipeline.modalities[str(stage.modality)]
     return AutoencoderObjective(modality, stage, config.run.seed)
 
 
-def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+def _joint(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Objective:
     """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
     anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
     learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
@@ -186,10 +203,22 @@ def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Obj
         config.flow,
         config.run.seed,
         {name: deepcopy(modality) for name, modality in learning.items()},
+        _alignment(config, stage, pipeline, trust_remote_code),
     )
 
 
-OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline], Objective]] = {
+def _alignment(
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+) -> Alignment | None:
+    """With ``alignment``, its encoder and a new projection."""
+    if stage.alignment is None:
+        return None
+    torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
+    modality = pipeline.modalities[stage.alignment.modality]
+    return Alignment.build(stage.alignment, modality, config.prior.width, trust_remote_code)
+
+
+OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, bool], Objective]] = {
     "autoencoder": _autoencoder,
     "joint": _joint,
 }
