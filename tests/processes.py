@@ -1,4 +1,4 @@
-"""Trains the tiny model in this process, or as one of several: ``processes.py FOLDER KEY=VALUE...``.
+"""Trains the tiny model, as one of several processes: ``processes.py FOLDER KEY=VALUE...``.
 
 `launch` runs it under torchrun. The configuration has two modalities, all three tasks, autoencoders
 that learn in the joint stage and rest at times, and two multi-stream blocks: whatever can go wrong
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny
 import yaml
@@ -58,9 +59,30 @@ def launch(folder: Path, processes: int, *overrides: str) -> subprocess.Complete
 
 
 def main(folder: str, *overrides: str) -> None:
+    from unified.training import loop
     from unified.training.run import train
 
+    distribute = loop.distribute
+
+    def telling(model: Any, *args: Any) -> Any:
+        distributed = distribute(model, *args)
+        tell(model)
+        return distributed
+
+    loop.distribute = telling  # type: ignore[attr-defined]
     train(config(Path(folder), *overrides))
+
+
+def tell(model: Any) -> None:
+    """Print what kind of parameters this process has, and how much of them."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    parameters = list(model.parameters())
+    (kind,) = {"DTensor" if isinstance(p, DTensor) else "Parameter" for p in parameters}
+    local = sum(getattr(p, "_local_tensor", p).numel() for p in parameters)
+    whole = sum(p.numel() for p in parameters)
+    print(f"process {dist.get_rank()} of {dist.get_world_size()}: {kind}, {local} of {whole}")
 
 
 if __name__ == "__main__":

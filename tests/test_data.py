@@ -11,6 +11,7 @@ import tarfile
 import threading
 from collections import Counter
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -495,7 +496,7 @@ def test_processes_share_what_one_would_do_alone(tmp_path, processes):
         whole = summary(alone.batch(step))
         shared = [summary(part.batch(step)) for part in parts]
         assert all(len(part) == 6 // processes for part in shared)
-        assert sorted(sum(shared, []), key=lambda p: p[2]) == whole
+        assert sorted(chain(*shared), key=lambda p: p[2]) == whole
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -90,7 +90,7 @@ def test_a_run_is_told_as_it_was(trained: Path) -> None:
     assert not text.checkpoints
     assert [c.step for c in joint.checkpoints] == [2, 3]
     state = json.loads((trained / "checkpoints" / "joint-3" / "state.json").read_text())
-    assert joint.checkpoints[1].bytes == sum(state["files"].values())
+    assert joint.checkpoints[1].bytes == sum(file["size"] for file in state["files"].values())
     assert [c.step for c in joint.checkpoints if c.best] == [state["progress"]["best_step"]]
     assert {"loss", "loss/flow/text", "lr", "grad_norm", "val/loss"} <= joint.values.keys()
 
@@ -165,7 +165,11 @@ def test_a_checkpoint_that_is_not_whole_is_none(tmp_path: Path) -> None:
         here.mkdir(parents=True)
         (here / "model.safetensors").write_bytes(b"abc")
         progress = {"step": step, "best_step": 2}
-        state = {"stage": "joint", "progress": progress, "files": {"model.safetensors": size_}}
+        state = {
+            "stage": "joint",
+            "progress": progress,
+            "files": {"model.safetensors": {"size": size_}},
+        }
         (here / "state.json").write_text(json.dumps(state))
     (found,) = read_run(path).stages[2].checkpoints
     assert (found.step, found.bytes, found.best) == (2, 3, True)

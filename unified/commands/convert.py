@@ -1,4 +1,4 @@
-"""``unified convert``: official Cola DLM checkpoints, in and out."""
+"""``unified convert``: official Cola DLM checkpoints in and out, and checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from unified.commands.options import open_pipeline
+from unified.commands.options import Trust, open_pipeline
 
-app = typer.Typer(no_args_is_help=True, help="Official Cola DLM checkpoints, in and out.")
+app = typer.Typer(
+    no_args_is_help=True, help="Official checkpoints in and out; checkpoints of runs."
+)
 
 
 @app.command("official")
@@ -25,6 +27,24 @@ def official(
     pipeline.save_pretrained(output)
     if not pipeline.modalities["text"].has_tokenizer:
         print(f"{source} has no tokenizer.json: the model works on ids only", file=sys.stderr)
+    print(output)
+
+
+@app.command("checkpoint")
+def checkpoint(
+    source: Annotated[
+        Path, typer.Argument(metavar="DIR", help="RUN/checkpoints/STAGE-STEP, whole or sharded.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The pipeline folder to write.")],
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights as trained, not averaged.")
+    ] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a pipeline folder of a checkpoint of a run."""
+    from unified.training.export import exported
+
+    exported(source, "raw" if raw else "ema", trust_remote_code).save_pretrained(output)
     print(output)
 
 

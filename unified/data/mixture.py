@@ -7,12 +7,12 @@ Each slot of the global batch picks a feed by ratio, and then takes the next exa
     order of a feed's examples   (seed, feed, epoch, window)
 
 so the only state is how far each feed has come, and a resumed run continues exactly. Every process
-draws the whole global batch, which costs nothing, and reads and prepares the slots that are its own:
-``slot % processes == process``. An example that turns out bad is replaced by a random other one of
-its window, so what happens in one slot moves no other.
+draws the whole global batch, which costs nothing, and reads and prepares the slots that are its
+own: ``slot % processes == process``. An example that turns out bad is replaced by a random other
+one of its window, so what happens in one slot moves no other.
 
-With `workers`, examples are prepared in that many processes of PyTorch's `DataLoader`, which changes
-when things are done and not what is done.
+With `workers`, examples are prepared in that many processes of PyTorch's `DataLoader`, which
+changes when things are done and not what is done.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ class Mixture:
         return next(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """By feed: its place after the last batch, and the bad examples of its epoch. Plain ints."""
-        state = self._state or {n: o.state_dict() for n, o in zip(self._names, self._orders)}
+        """By feed: its place after the last batch, and the bad examples of its epoch."""
+        state = self._state or self._places()
         return {
             name: {**state[name], "bad": bad.count if bad.epoch == state[name]["epoch"] else 0}
             for name, bad in zip(self._names, self._bad, strict=True)
@@ -194,6 +194,9 @@ class Mixture:
             order.load_state_dict(state[name])
             bad.epoch, bad.count, bad.reasons = state[name]["epoch"], state[name]["bad"], []
         self._batches = self._state = None
+
+    def _places(self) -> dict[str, Any]:
+        return {n: o.state_dict() for n, o in zip(self._names, self._orders, strict=True)}
 
     def _ahead(self, first: int) -> Iterator[list[Prepared]]:
         """The batches from step `first` on; workers read ahead, and the state does not."""
@@ -220,7 +223,7 @@ class Mixture:
         slots = [Request(f, step, slot, self._orders[f].next()) for slot, f in enumerate(feeds)]
         return Drawn(
             [r for r in slots if r.slot % self._processes == self._process],
-            {n: o.state_dict() for n, o in zip(self._names, self._orders, strict=True)},
+            self._places(),
             [order.window for order in self._orders],
         )
 

@@ -1,9 +1,9 @@
 """Where a shard's URL leads: a local file, embedded data, or something to fetch first.
 
 What is not local is copied, whole, into a folder (`Access.cache_dir`) and read from there, so a
-shard is fetched once a machine. webdataset's `gopen` does the fetching: ``http``, ``https``, ``hf``,
-``gs``, ``ais``, ``sftp``, ``ftps``, ``scp``, and ``pipe:COMMAND``, which runs a shell command and is
-refused unless `Access.allow_pipes` says otherwise.
+shard is fetched once a machine. webdataset's `gopen` does the fetching: ``http``, ``https``,
+``hf``, ``gs``, ``ais``, ``sftp``, ``ftps``, ``scp``, and ``pipe:COMMAND``, which runs a shell
+command and is refused unless `Access.allow_pipes` says otherwise.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ class RunFolder:
                 yield
         except Timeout:
             raise ValueError(
-                f"another process is training in {self.path}; wait for it, or choose another run.dir"
+                f"another process is training in {self.path}; wait for it, or choose another"
+                " run.dir"
             ) from None
 
     def check(self, config: Config) -> None:

@@ -171,9 +171,10 @@ def read_checkpoints(folder: Path, stage: str) -> list[CheckpointFile]:
         try:
             state = json.loads(path.read_text("utf-8"))
             sizes = {name: (path.parent / name).stat().st_size for name in state["files"]}
-        except (OSError, ValueError):  # being written, or being dropped
+            whole = all(sizes[name] == file["size"] for name, file in state["files"].items())
+        except (OSError, ValueError, TypeError):  # being written, or being dropped
             continue
-        if state["stage"] == stage and sizes == state["files"]:
+        if state["stage"] == stage and whole:
             progress = state["progress"]
             found[progress["step"]] = (sum(sizes.values()), progress["best_step"])
     best = found[max(found)][1] if found else None

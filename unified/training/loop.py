@@ -452,8 +452,8 @@ class Loop:
         stage = self.stage.config.name
         last = checkpoint.newest(self.stage.folder.checkpoints, stage)
         return DivergedError(
-            f"stage {stage}, step {self.trained.progress.step + 1}: {what}; the last good checkpoint"
-            f" is {last or 'none'}; a lower optimizer.lr or a longer warmup may help"
+            f"stage {stage}, step {self.trained.progress.step + 1}: {what}; the last good"
+            f" checkpoint is {last or 'none'}; a lower optimizer.lr or a longer warmup may help"
         )
 
     # ---- between steps -------------------------------------------------------------------------

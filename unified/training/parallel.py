@@ -5,9 +5,9 @@
     hybrid    cut within groups of `shard_size` processes (by default, those of a machine), which
               are copies of each other
 
-Sharding uses PyTorch's `fully_shard`, one unit per block of the prior and one for the rest: weights,
-gradients, optimizer state and averages are then all cut the same way. Under bf16, blocks are
-gathered in bfloat16 and gradients are summed in float32; norms, softmax and losses compute in
+Sharding uses PyTorch's `fully_shard`, one unit per block of the prior and one for the rest:
+weights, gradients, optimizer state and averages are then all cut the same way. Under bf16, blocks
+are gathered in bfloat16 and gradients are summed in float32; norms, softmax and losses compute in
 float32 in any case (`unified.layers`).
 """
 

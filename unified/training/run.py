@@ -122,6 +122,8 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
             f"{launched} processes were launched, but accelerate formed a group of"
             f" {accelerator.num_processes}; launch them with torchrun --nproc_per_node {launched}"
         )
+    if launched > 1 and accelerator.is_main_process:
+        say(f"processes: {launched}, sharding {config.training.sharding}")
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise ValueError(
