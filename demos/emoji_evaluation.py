@@ -290,8 +290,8 @@ class _Run:
 
     def continuation(self) -> dict[str, Any]:
         """A few beginnings of held-out prose, and how the model goes on. Nothing is measured."""
-        source = self._source(CONTINUATION, "val")
-        chosen = [source[i * len(source) // PROMPTS] for i in range(PROMPTS)]
+        examples = list(self._source(CONTINUATION, "val"))
+        chosen = [examples[i * len(examples) // PROMPTS] for i in range(PROMPTS)]
         passages = [self.text.read(example.members["txt"]) for example in chosen]
         prompts = [" ".join(text.split()[:PROMPT_WORDS]) for text in passages]
         texts = self.pipeline.continue_text(prompts, **self.settings)

@@ -68,9 +68,10 @@ def test_processes_change_nothing(tmp_path: Path, count: int, options: list[str]
     }
     kinds = {"none": "Parameter", "full": "DTensor", "hybrid": "DTensor"}
     assert {kind for _, _, kind, _, _ in told} == {kinds[sharding]}
-    for _, _, _, local, total in told:
-        parts = count if sharding == "full" else 1
-        assert int(local) == pytest.approx(int(total) / parts, rel=0.1)
+    for total in {int(total) for *_, total in told}:  # of either stage
+        local = [int(part) for *_, part, whole in told if int(whole) == total]
+        assert sum(local) == total * (1 if sharding == "full" else count)
+        assert max(local) <= total * (0.6 if sharding == "full" else 1)
 
 
 @pytest.mark.slow

@@ -56,6 +56,9 @@ class Posterior:
     def mode(self) -> Latent:
         return Latent(self.mean_LC, self.grid)
 
+    def to(self, device: torch.device) -> Posterior:
+        return Posterior(self.mean_LC.to(device), self.logvar_LC.to(device), self.grid)
+
     def sample(self, noise_LC: Tensor) -> Latent:
         """Reparameterised sample ``mean + std * noise``; the caller owns the noise and its seed."""
         std = torch.exp(0.5 * self.logvar_LC)
@@ -83,6 +86,10 @@ class Posterior:
             logvar = self.logvar_LC - other.logvar_LC
         return 0.5 * (squared + torch.exp(logvar) - 1 - logvar).sum()
 
+
+#: what a sample holds of an item: its observation, or the posterior that a frozen autoencoder made
+#: of it and somebody stored
+Observed = Tensor | Posterior
 
 Side = Literal["left", "right", "lead"]
 
@@ -317,6 +324,19 @@ class Modality(nn.Module, ABC):
     @abstractmethod
     def from_pretrained(cls, folder: Path | str, name: str) -> Modality:
         """Read what `save_pretrained` wrote; strict, and never a pickle."""
+
+
+def grid_of(modality: Modality, observed: Observed) -> tuple[int, ...]:
+    """The grid of an observation's latents."""
+    return observed.grid if isinstance(observed, Posterior) else modality.grid(observed)
+
+
+def posteriors_of(modality: Modality, observed: Sequence[Observed]) -> list[Posterior]:
+    """The posteriors of all, encoded at once where they are not stored."""
+    tensors = [o for o in observed if isinstance(o, Tensor)]
+    encoded = iter(modality.encode(tensors) if tensors else [])
+    device = next(modality.parameters()).device
+    return [o.to(device) if isinstance(o, Posterior) else next(encoded) for o in observed]
 
 
 def draw(posterior: Posterior, generator: torch.Generator) -> Tensor:

@@ -230,8 +230,8 @@ class Prior(nn.Module):
     ) -> dict[str, Tensor]:
         """One block; with `recompute`, its inside is computed again in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, x, context, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, context)  # type: ignore[no-any-return]
+            return checkpoint(block, x, context, use_reentrant=False)
+        return block(x, context)
 
     def _context(self, batch: PackedBatch, cache: KVCache | None, commit: bool) -> Context:
         times_T, index_RL = torch.unique(batch.time_RL, return_inverse=True)

@@ -45,8 +45,13 @@ def written_whole(folder: Path | str) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file at `path` in one step."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(data)
     os.replace(partial, path)
 
 

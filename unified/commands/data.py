@@ -1,9 +1,10 @@
-"""``unified data``: make shards, and check them."""
+"""``unified data``: make shards, check them, and store their latents."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,15 +12,23 @@ import typer
 
 from unified.commands.options import AsJson, Trust
 
-app = typer.Typer(no_args_is_help=True, help="Make shards, and check them.")
+app = typer.Typer(no_args_is_help=True, help="Make shards, check them, store their latents.")
 
-#: names of what was left out that `pack` prints
+#: names of what was left out that are printed
 SHOWN = 20
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
 
 ImageColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of a table: paths, or bytes, of images.")
 ]
 TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Of a table: texts.")]
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A file, or a shipped name.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="By default one a processor.")]
 
 
@@ -66,6 +75,44 @@ def pack(
         print(f"  {left.name}: {left.reason}")
     if len(packed.left_out) > SHOWN:
         print(f"  and {len(packed.left_out) - SHOWN:,} more; --json has all")
+
+
+@app.command("encode")
+def encode(
+    config: ConfigName,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write latents to.")],
+    checkpoint: Annotated[str, typer.Option(metavar="DIR", help="Whose autoencoders to use.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    dtype: Annotated[Precision, typer.Option(help="Of the stored numbers.")] = Precision.float32,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Do every N-th shard, from I.")] = "0/1",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples encoded at once.")] = 16,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Store the latents of a joint stage, to train without the autoencoders."""
+    import torch
+
+    from unified.commands.options import open_pipeline
+    from unified.configuring import load_config
+    from unified.training.encoding import encode as run
+
+    index, _, count = part.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--part is I/N with I from 0 to N - 1, found {part!r}")
+    done = run(
+        load_config(config, settings or []),
+        open_pipeline(checkpoint, trust_remote_code),
+        out,
+        dtype=getattr(torch, dtype.value),
+        part=(int(index), int(count)),
+        batch_size=batch_size,
+    )
+    for name, examples in done.examples.items():
+        print(f"{name}: {examples:,} examples")
+    for reason in done.left_out[:SHOWN]:
+        print(f"left out: {reason}")
+    if len(done.left_out) > SHOWN:
+        print(f"  and {len(done.left_out) - SHOWN:,} more")
+    print(out / "latents.yaml")
 
 
 @app.command("check")

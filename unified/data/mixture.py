@@ -233,7 +233,7 @@ class Mixture:
         return iter(
             DataLoader(
                 self._prepare,
-                batch_sampler=batches,  # type: ignore[arg-type]
+                batch_sampler=batches,
                 num_workers=self._workers,
                 collate_fn=list,
             )
@@ -245,12 +245,12 @@ class Mixture:
         """What was prepared; where that is bad, a random other example of the window."""
         window, bad = windows[request.feed], self._bad[request.feed]
         purpose = (self._seed, self._stage, request.step, request.slot, "substitute")
-        for attempt in count():
-            if isinstance(found, Prepared):
-                break
+        attempts = count()
+        while isinstance(found, str):
             self.bad += 1
             bad.add(found, window.epoch, window.seen)
-            index = torch.randint(len(window.entries), (), generator=generator(*purpose, attempt))
+            draw = generator(*purpose, next(attempts))
+            index = torch.randint(len(window.entries), (), generator=draw)
             found = self._prepare[replace(request, entry=window.entries[int(index)])]
         return found
 

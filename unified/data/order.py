@@ -112,7 +112,7 @@ class Order:
             chosen[index] = self.source.shard(self.source.urls[index])
         entries = [entry for index in sorted(chosen) for entry in chosen[index]]
         # the first window's key is the epoch's own
-        key = (self.seed, self.stream, "epoch", epoch, *([first] if first else []))
+        key = [self.seed, self.stream, "epoch", epoch, *([first] if first else [])]
         order = torch.randperm(len(entries), generator=generator(*key)).tolist()
         stop = first + len(chosen)
         return Window(epoch, first, stop, before, [entries[i] for i in order])

@@ -10,14 +10,15 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from unified.data.examples import Example
-from unified.modality import Modality
-from unified.sequence import Segment
+from unified.data.latents import LATENTS, fingerprint, from_bytes, phased
+from unified.modality import Modality, Observed, Posterior, grid_of
 from unified.task import Task
 
 
@@ -29,7 +30,7 @@ class Prepared:
     stream: str
     key: str
     slot: int
-    observations: dict[str, Tensor]
+    observations: Mapping[str, Observed]
     truncated: bool = False
 
 
@@ -41,7 +42,7 @@ class Stream(Protocol):
 
     def prepare(
         self, example: Example, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[Mapping[str, Observed], bool]:
         """Kind -> observation, and whether one was truncated. A stream that augments draws from
         `generator` and nothing else.
 
@@ -79,10 +80,35 @@ class TaskStream:
 
     def prepare(
         self, example: Example, generator: torch.Generator
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[Mapping[str, Observed], bool]:
+        kind = self.continues
+        lead = 0 if kind is None else draw_lead(self.modalities[self.kinds[kind]], generator)
+        if LATENTS in example.raw.members:
+            return self._stored(example, lead), False
+        return self.observe(example, lead)
+
+    @property
+    def continues(self) -> str | None:
+        """The kind that may begin at any phase: a prompt can end at any place within a latent."""
+        return self._task.continues
+
+    @property
+    def phases(self) -> int:
+        """How many there are."""
+        kind = self.continues
+        return 1 if kind is None else self.modalities[self.kinds[kind]].leads
+
+    @cached_property
+    def kinds(self) -> dict[str, str]:
+        """Kind -> modality, of the segments that an example fills."""
+        return {s.kind: s.modality for s in self._layout.filled}
+
+    def observe(self, example: Example, lead: int = 0) -> tuple[dict[str, Tensor], bool]:
+        """Kind -> observation, and whether one was truncated; what may be continued begins at the
+        phase `lead`."""
         with example.naming():
             items = self._task.fill(example)
-            leads = {s.kind: self._lead(s, generator) for s in self._layout.filled}
+            leads = {kind: lead if kind == self.continues else 0 for kind in self.kinds}
             observations = {
                 kind: self._task.observe(self.modalities, kind, items[kind], lead)
                 for kind, lead in leads.items()
@@ -97,25 +123,37 @@ class TaskStream:
                 raise ValueError(self._too_long(observations))
         return observations, excess > 0
 
-    def _lead(self, segment: Segment, generator: torch.Generator) -> int:
-        """The phase of what may be continued: a prompt can end at any place within a latent."""
-        if segment.kind != self._task.continues:
-            return 0
-        return draw_lead(self.modalities[segment.modality], generator)
+    def _stored(self, example: Example, lead: int) -> dict[str, Posterior]:
+        """The posteriors that the example brings along."""
+        with example.naming():
+            found = from_bytes(example.raw.members[LATENTS], self._encoders)
+            names = {k: phased(k, lead if k == self.continues else 0) for k in self.kinds}
+            missing = [name for name in names.values() if name not in found]
+            if missing:
+                raise ValueError(
+                    f"task {self.name} needs the latents of {', '.join(missing)}, found"
+                    f" {', '.join(sorted(found))}: they were stored for another task"
+                )
+            stored = {kind: found[name] for kind, name in names.items()}
+            if self._excess(stored) > 0:
+                raise ValueError(self._too_long(stored))
+        return stored
 
-    def _lengths(self, observations: Mapping[str, Tensor]) -> dict[str, int]:
-        return {
-            s.kind: math.prod(self.modalities[s.modality].grid(observations[s.copies or s.kind]))
-            for s in self._layout.segments
-        }
+    @cached_property
+    def _encoders(self) -> dict[str, str]:
+        return {m: fingerprint(self.modalities[m]) for m in set(self.kinds.values())}
 
-    def _excess(self, observations: Mapping[str, Tensor]) -> int:
+    def _lengths(self, observations: Mapping[str, Observed]) -> dict[str, int]:
+        grids = {k: grid_of(self.modalities[self.kinds[k]], o) for k, o in observations.items()}
+        return {s.kind: math.prod(grids[s.copies or s.kind]) for s in self._layout.segments}
+
+    def _excess(self, observations: Mapping[str, Observed]) -> int:
         """By how many latents a sample exceeds a row."""
         if self._row_length is None:
             return 0
         return sum(self._lengths(observations).values()) - self._row_length
 
-    def _shorter(self, observations: Mapping[str, Tensor], excess: int) -> tuple[str, int]:
+    def _shorter(self, observations: Mapping[str, Observed], excess: int) -> tuple[str, int]:
         """The longest segment with blocks, and the most latents that it may have: whole blocks,
         and less by the excess, which it shares with its twins."""
         lengths = self._lengths(observations)
@@ -129,7 +167,7 @@ class TaskStream:
             raise ValueError(self._too_long(observations))
         return segment.kind, limit * segment.block  # type: ignore[operator]
 
-    def _too_long(self, observations: Mapping[str, Tensor]) -> str:
+    def _too_long(self, observations: Mapping[str, Observed]) -> str:
         lengths = self._lengths(observations)
         parts = " + ".join(f"{kind} {n}" for kind, n in lengths.items())
         return (

@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from unified.training.ema import EMA
 from unified.weights import check_names, check_shapes, named_tensors
@@ -107,10 +108,10 @@ def restore_optimizer(
 # ---- one folder ----------------------------------------------------------------------------------
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor]) -> object:
     """This process's part of `tensors` into the folder `path`. Every process takes part."""
     with quiet():
-        dcp.save(
+        return save(
             dict(tensors),
             storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
             no_dist=not dist.is_initialized(),
@@ -179,7 +180,7 @@ def read(path: Path, group: str) -> dict[str, Tensor]:
         if name.startswith(f"{group}/")
     }
     with quiet():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
 
@@ -201,7 +202,7 @@ def load(path: Path, trained: Trained) -> None:
     check_names(tensors, shapes, path)
     reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
     with quiet():
-        dcp.load(tensors, storage_reader=reader, no_dist=alone)
+        load_tensors(tensors, storage_reader=reader, no_dist=alone)
     trained.progress = Progress(**state["progress"])
 
 
@@ -232,7 +233,7 @@ def newest(folder: Path, stage: str) -> Path | None:
 def newest_sound(folder: Path, stage: str) -> tuple[Path | None, list[str]]:
     """The last checkpoint that is what was written, and a sentence for each later one that is
     not."""
-    damaged = []
+    damaged: list[str] = []
     for _, path in sorted(_named(folder, stage).items(), reverse=True):
         reason = damage(path)
         if reason is None:

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from unified.config import FlowConfig, StageConfig
 from unified.data.streams import Prepared
 from unified.flow import Draws, FlowMatching
-from unified.modality import Latent, Modality, Posterior, draw
+from unified.modality import (
+    Latent,
+    Modality,
+    Observed,
+    Posterior,
+    draw,
+    grid_of,
+    posteriors_of,
+)
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout, PackedBatch, Sample, pack
@@ -145,7 +153,12 @@ class JointObjective(Objective):
         if self.alignment is not None:
             counts |= self.alignment.counts(draws)
         for m in sorted(self.learning):
-            observed = [o for _, _, o in self._observed(examples, m)]
+            observed = [o for _, _, o in self._observed(examples, m) if isinstance(o, Tensor)]
+            if len(observed) < len(self._observed(examples, m)):
+                raise ValueError(
+                    f"stage {self.stage.name} trains the {m} autoencoder, which stored latents have"
+                    " done without: set optimizer.vae_lr_ratio to 0, or train from the items"
+                )
             counts |= {f"{m}/{term}": n for term, n in self.modality(m).counts(observed).items()}
             counts |= {f"{m}/entropy": counts.pop(f"{m}/kl")}
             if m in self.references:
@@ -160,11 +173,11 @@ class JointObjective(Objective):
     def _grids(self, example: Prepared) -> dict[str, tuple[int, ...]]:
         layout = self.layouts[example.stream]
         return {
-            kind: self.modality(layout[kind].modality).grid(o)
+            kind: grid_of(self.modality(layout[kind].modality), o)
             for kind, o in example.observations.items()
         }
 
-    def _observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Tensor]]:
+    def _observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Observed]]:
         """(example, kind, observation) of everything modality `m` has to encode."""
         return [
             (i, kind, o)
@@ -205,7 +218,7 @@ class JointObjective(Objective):
             return {f"{m}/entropy": nothing(self.modality(m).parameters())} if learning else {}
         observations = [o for _, _, o in observed]
         with nullcontext() if m in self.learning else torch.no_grad():
-            posteriors = modality.encode(observations)
+            posteriors = posteriors_of(modality, observations)
         generators = plan.seeds.each(plan.examples, f"posterior/{m}")
         latents = [
             self._latent(p, generators[i])

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -42,7 +43,7 @@ def distributed_settings() -> list[Any]:
 def distribute(model: nn.Module, accelerator: Accelerator, config: TrainingConfig) -> nn.Module:
     """`model` as the loop calls it. ValueError for a sharding that these processes cannot have."""
     if config.sharding == "none":
-        return accelerator.prepare_model(model)  # type: ignore[no-any-return]
+        return accelerator.prepare_model(model)
     if not dist.is_initialized():
         raise ValueError(
             f"training.sharding is {config.sharding}, but this is one process alone; launch several"
@@ -54,7 +55,7 @@ def distribute(model: nn.Module, accelerator: Accelerator, config: TrainingConfi
 
 def shard(model: nn.Module, config: TrainingConfig, device: str, bf16: bool) -> None:
     """Cut the parameters of `model` over the processes, in place."""
-    mesh = dist.init_device_mesh(device, **mesh_shape(config, dist.get_world_size()))
+    mesh = init_device_mesh(device, **mesh_shape(config, dist.get_world_size()))
     gathered = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
@@ -96,7 +97,7 @@ def apart(model: nn.Module) -> AbstractContextManager[Any]:
     if isinstance(model, FSDPModule):
         return _unsynchronised(model)
     no_sync = getattr(model, "no_sync", nullcontext)
-    return no_sync()  # type: ignore[no-any-return]
+    return no_sync()
 
 
 @contextmanager

@@ -217,13 +217,13 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     accelerator.wait_for_everyone()
 
 
-def without_statistics(materials: Materials, folder: RunFolder) -> set[str]:
+def without_statistics(materials: Materials, folder: RunFolder | None = None) -> set[str]:
     """The modalities whose latent statistics are fitted now: once, when the first joint stage
     starts. A prior that is loaded knows the latents of modalities that are loaded with it by the
     statistics it was trained with, so theirs are kept."""
     config, stage = materials.config, materials.stage
     joint = [s.name for s in config.stages if s.objective == "joint"]
-    begun = checkpoint.newest(folder.checkpoints, stage.name) is not None
+    begun = folder is not None and checkpoint.newest(folder.checkpoints, stage.name) is not None
     if stage.name != next(iter(joint), None) or begun:
         return set()
     kept = {m for m in config.modalities if "prior" in config.init and f"{m}_vae" in config.init}

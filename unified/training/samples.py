@@ -15,7 +15,7 @@ from torch import Tensor
 from unified.config import GenerationConfig
 from unified.data.streams import Prepared
 from unified.generate import Generator, Request
-from unified.modality import Latent, Modality
+from unified.modality import Latent, Modality, posteriors_of
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
 from unified.sampler import Sampler
@@ -52,7 +52,7 @@ def encoded(
 ) -> dict[str, Latent]:
     """Kind -> latent of an example."""
     return {
-        kind: modalities[layout[kind].modality].encode([observation])[0].mode
+        kind: posteriors_of(modalities[layout[kind].modality], [observation])[0].mode
         for kind, observation in example.observations.items()
     }
 

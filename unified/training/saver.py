@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from unified.training import checkpoint
 from unified.training.metrics import say
@@ -54,19 +54,17 @@ class Saver:
             partial.mkdir(parents=True)
         _meet()
         seal = self._sealing(partial, stage, asdict(trained.progress))
-        if not self.background:
-            return self._report(
-                step, lambda: (checkpoint.write(partial, trained.tensors()), seal())
-            )
-        with checkpoint.quiet():
-            written = dcp.async_save(
-                trained.tensors(),
-                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-                process_group=self._group,
-                no_dist=not dist.is_initialized(),
-            )
-        self._pending = step, self._thread.submit(lambda: (written.result(), seal())[1])  # type: ignore[union-attr]
-        return before
+        if self.background:
+            with checkpoint.quiet():
+                written: Any = async_save(
+                    trained.tensors(),
+                    storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                    process_group=self._group,
+                    no_dist=not dist.is_initialized(),
+                )
+            self._pending = step, self._thread.submit(lambda: seal(written.result()))
+            return before
+        return self._report(step, lambda: seal(checkpoint.write(partial, trained.tensors())))
 
     def wait(self) -> bool:
         """Wait for what the background still writes; whether it was written."""
@@ -77,10 +75,10 @@ class Saver:
 
     def _sealing(
         self, partial: Path, stage: str, progress: Mapping[str, Any]
-    ) -> Callable[[], None]:
-        """What the main process does once all tensors are written."""
+    ) -> Callable[[object], None]:
+        """What the main process does once all tensors are written (whatever that returns)."""
 
-        def seal() -> None:
+        def seal(_: object) -> None:
             if self.is_main:
                 path = self.folder / f"{stage}-{progress['step']}"
                 checkpoint.seal(partial, path, stage, progress)

@@ -172,11 +172,15 @@ class Materials:
         if not names:
             return
         observations: dict[str, list[Tensor]] = {}
+        kept: set[str] = set()
         for example in self.mixture(STATISTICS_EXAMPLES, "statistics").batch(0):
             layout = self.pipeline.tasks[example.stream].layout
             for kind, observation in example.observations.items():
-                observations.setdefault(layout[kind].modality, []).append(observation)
-        for name in names & observations.keys():
+                if isinstance(observation, Tensor):
+                    observations.setdefault(layout[kind].modality, []).append(observation)
+                else:  # stored latents were made with the statistics that there are
+                    kept.add(layout[kind].modality)
+        for name in (names & observations.keys()) - kept:
             self.pipeline.modalities[name].eval().fit_statistics(observations[name])
 
 
