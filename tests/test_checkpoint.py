@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from toy_stage import lines, stage_config, toy, training_config
 
 from unified.config import IntervalConfig
+from unified.errors import StoppedError
 from unified.training import checkpoint
 from unified.training.loop import Stage, train_stage
 from unified.weights import (
@@ -255,3 +257,26 @@ def test_weights_of_another_model_are_refused(
         load_weights(Tied(), tmp_path)
     assert "\n" not in str(caught.value)
     assert "model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_sigterm_saves_and_stops(
+    tmp_path: Path, accelerator: Accelerator, background: bool
+) -> None:
+    settings = training_config(save_every=100, background_checkpoints=background)
+    train_stage(toy(tmp_path / "straight", None, settings), accelerator)
+    stage = toy(tmp_path / "stopped", None, settings)
+    forward, calls = stage.objective.forward, iter(range(100))
+
+    def asked(plan: object) -> dict[str, Tensor]:
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(plan)
+
+    stage.objective.forward = asked  # type: ignore[method-assign]
+    with pytest.raises(StoppedError, match=r"stopped at step [34] of toy, .* same command"):
+        train_stage(stage, accelerator)
+    assert len(checkpoint.steps(tmp_path / "stopped" / "checkpoints", "toy")) == 1
+    train_stage(toy(tmp_path / "stopped", None, settings), accelerator)
+    one, two = everything(tmp_path / "straight"), everything(tmp_path / "stopped")
+    assert all(one[name].equal(two[name]) for name in one)

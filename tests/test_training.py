@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from toy_stage import ToyObjective, interval_stage, lines, stage_config, toy, tr
 from unified.config import EMAConfig, IntervalConfig, OptimizerConfig
 from unified.training import checkpoint
 from unified.training.ema import EMA
-from unified.training.loop import DivergedError, Loop, train_stage
+from unified.training.loop import DivergedError, Loop, Stage, train_stage
 from unified.training.metrics import tracker_names
 from unified.training.optim import build_optimizer, learning_rate, vae_learns
 
@@ -203,3 +204,23 @@ def test_a_tracker_that_is_not_there_is_named() -> None:
     assert tracker_names(["tensorboard"]) == ["tensorboard"]
     with pytest.raises(ValueError, match="asks for tensorbored, which is not installed"):
         tracker_names(["tensorbored"])
+
+
+def test_a_loss_that_grows_without_end_stops_the_run(
+    tmp_path: Path, accelerator: Accelerator
+) -> None:
+    def growing(folder: str, divergence: float | None) -> Stage:
+        settings = training_config(divergence=divergence, save_every=50)
+        stage = toy(tmp_path / folder, stage_config(steps=220), settings)
+        forward, calls = stage.objective.forward, iter(range(1000))
+
+        def grows(plan: Any) -> dict[str, Tensor]:
+            rise = 1.05 ** next(calls)
+            return {term: rise * value for term, value in forward(plan).items()}
+
+        stage.objective.forward = grows  # type: ignore[method-assign]
+        return stage
+
+    with pytest.raises(DivergedError, match=r"grown from .* more than training.divergence 2 times"):
+        train_stage(growing("watched", 2.0), accelerator)
+    assert train_stage(growing("free", None), accelerator).step == 220

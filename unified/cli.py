@@ -8,6 +8,7 @@ where it came from.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -36,7 +37,7 @@ from unified.commands.options import (
     open_pipeline,
 )
 from unified.config import DensityConfig
-from unified.errors import one_line
+from unified.errors import StoppedError, one_line
 
 app = typer.Typer(
     name="unified",
@@ -59,7 +60,8 @@ for _name, _group in {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; user mistakes become one line on stderr and exit code 2."""
+    """Run the command line; user mistakes become one line on stderr and exit code 2, and what was
+    stopped by a signal ends as such."""
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="unified")
     except (ValueError, OSError, ImportError) as error:
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 @app.command()

@@ -12,6 +12,10 @@ Keys = tuple[str, ...]
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class StoppedError(Exception):
+    """Something was asked to stop, and has saved what it had."""
+
+
 def one_line(error: BaseException) -> str:
     """The error as one line, for a terminal."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:

@@ -18,8 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,9 @@ from unified.training.ema import EMA
 from unified.weights import check_names, check_shapes, named_tensors
 
 STATE = "state.json"
+
+# a process alone need not be told that it is
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 @dataclass
@@ -110,20 +112,11 @@ def restore_optimizer(
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> object:
     """This process's part of `tensors` into the folder `path`. Every process takes part."""
-    with quiet():
-        return save(
-            dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
-            no_dist=not dist.is_initialized(),
-        )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within it, nobody is told that a process alone is alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
+    return save(
+        dict(tensors),
+        storage_writer=HuggingFaceStorageWriter(str(path), save_distributed=True),
+        no_dist=not dist.is_initialized(),
+    )
 
 
 def seal(partial: Path, path: Path, stage: str, progress: Mapping[str, Any]) -> None:
@@ -179,8 +172,7 @@ def read(path: Path, group: str) -> dict[str, Tensor]:
         for name, meta in found.items()
         if name.startswith(f"{group}/")
     }
-    with quiet():
-        load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return {name.partition("/")[2]: tensor for name, tensor in tensors.items()}
 
 
@@ -201,8 +193,7 @@ def load(path: Path, trained: Trained) -> None:
     check_shapes(tensors, shapes, path)
     check_names(tensors, shapes, path)
     reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
-    with quiet():
-        load_tensors(tensors, storage_reader=reader, no_dist=alone)
+    load_tensors(tensors, storage_reader=reader, no_dist=alone)
     trained.progress = Progress(**state["progress"])
 
 

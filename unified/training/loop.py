@@ -33,6 +33,7 @@ from torch import Tensor
 
 from unified.config import StageConfig, TrainingConfig
 from unified.data.prefetch import prefetch
+from unified.errors import StoppedError
 from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.ema import EMA
@@ -69,10 +70,6 @@ SMOOTHING, SETTLED = 0.02, 100
 
 class DivergedError(ValueError):
     """A loss or gradient stopped being a finite number, or the loss grew without end."""
-
-
-class StoppedError(Exception):
-    """The run was asked to stop, and has saved a checkpoint."""
 
 
 class Slotted(Protocol):

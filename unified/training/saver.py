@@ -55,13 +55,12 @@ class Saver:
         _meet()
         seal = self._sealing(partial, stage, asdict(trained.progress))
         if self.background:
-            with checkpoint.quiet():
-                written: Any = async_save(
-                    trained.tensors(),
-                    storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
-                    process_group=self._group,
-                    no_dist=not dist.is_initialized(),
-                )
+            written: Any = async_save(
+                trained.tensors(),
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                process_group=self._group,
+                no_dist=not dist.is_initialized(),
+            )
             self._pending = step, self._thread.submit(lambda: seal(written.result()))
             return before
         return self._report(step, lambda: seal(checkpoint.write(partial, trained.tensors())))
