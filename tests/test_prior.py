@@ -12,6 +12,7 @@ from unified.config import PriorConfig
 from unified.prior import Prior
 from unified.randomness import generator
 from unified.sequence import Layout
+from unified.training.objectives import flow_loss
 from unified.visibility import closure
 
 
@@ -183,3 +184,45 @@ def test_padding_is_never_read():
     other = replace(noisy, time_RL=torch.where(pad, 0.7, noisy.time_RL))
     for m, v in model(other).items():
         torch.testing.assert_close(v, expected[m], rtol=1e-12, atol=1e-12)
+
+
+def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
+    layouts = toys.layouts()
+    noisy, targets, draws, flow = corrupted(toys.samples(12), layouts)
+    kept, gradients = {}, {}
+    for recompute in (False, True):
+        model = toys.prior()
+        model.recompute = recompute
+        bytes_ = 0
+
+        def count(saved: torch.Tensor) -> torch.Tensor:
+            nonlocal bytes_
+            bytes_ += saved.numel() * saved.element_size()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+            loss = sum(flow.loss(model(noisy), targets, draws).values())
+        kept[recompute] = bytes_
+        loss.backward()
+        gradients[recompute] = [p.grad for p in model.parameters()]
+    assert kept[True] < 0.25 * kept[False]
+    for one, two in zip(gradients[False], gradients[True], strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or one.equal(two)
+
+
+def test_a_modality_that_is_absent_has_gradients_of_zero():
+    layouts = toys.layouts()
+    of = [s for s in toys.samples(20) if s.task == "continuation"][:3]
+    noisy, targets, draws, _ = corrupted(of, layouts)
+    model = toys.prior()
+    velocities = model(noisy.with_streams(model.channels))
+    assert {m: len(v) for m, v in velocities.items() if not len(v)} == {"image": 0}
+    for m, v in model(noisy).items():
+        assert v.equal(velocities[m])
+    sum(flow_loss(velocities, targets, draws).values()).backward()
+    parameters = dict(model.named_parameters())
+    assert all(p.grad is not None for p in parameters.values())
+    image = [p.grad for n, p in parameters.items() if ".image." in n]
+    assert image
+    assert not any(g.any() for g in image)

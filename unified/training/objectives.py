@@ -97,6 +97,14 @@ def nothing(parameters: Iterable[nn.Parameter]) -> Tensor:
     return 0.0 * torch.stack(learners).sum() if learners else torch.zeros(())
 
 
+def flow_loss(
+    velocities: Mapping[str, Tensor], targets: Mapping[str, Tensor], draws: Mapping[str, Draws]
+) -> dict[str, Tensor]:
+    """The sums of the flow loss; of a modality that is absent, the sum of no velocities."""
+    absent = {f"flow/{m}": v.sum() for m, v in velocities.items() if m not in draws}
+    return absent | FlowMatching.loss(velocities, targets, draws)
+
+
 @dataclass(frozen=True)
 class JointPlan:
     """A packed batch still without latents, and everything chance decides about it."""
@@ -199,12 +207,12 @@ class JointObjective(Objective):
         noisy, targets = self.flow.corrupt(batch, draws)
         noisy = noisy.with_streams(self.prior.channels)
         if self.alignment is None:
-            return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+            return sums | flow_loss(self.prior(noisy), targets, draws)
         if self.alignment.term not in plan.counts:
             sums[self.alignment.term] = nothing(self.alignment.parameters())
-            return sums | FlowMatching.loss(self.prior(noisy), targets, draws)
+            return sums | flow_loss(self.prior(noisy), targets, draws)
         tap = self.alignment.tap()
-        sums |= FlowMatching.loss(self.prior(noisy, watch=tap), targets, draws)
+        sums |= flow_loss(self.prior(noisy, watch=tap), targets, draws)
         grids = [self._grids(e) for e in plan.examples]
         return sums | self.alignment.loss(tap, batch, draws, plan.examples, grids)
 
