@@ -93,20 +93,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def apart(model: nn.Module) -> AbstractContextManager[Any]:
-    """Within it, gradients stay on their process and add up there."""
-    if isinstance(model, FSDPModule):
-        return _unsynchronised(model)
+    """Within it, gradients of replicas stay on their process and add up there. Those of a sharded
+    model are divided after every microbatch all the same: kept, they would be as large as it is."""
     no_sync = getattr(model, "no_sync", nullcontext)
     return no_sync()
-
-
-@contextmanager
-def _unsynchronised(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
 
 
 @contextmanager
