@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from einops import rearrange
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from unified.evaluation.metrics import psnr
 from unified.layers import wide
-from unified.modalities.image import losses, pixels
+from unified.modalities.image import buckets, losses, pixels
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.modality import Latent, Modality, PluginConfig, Posterior
 from unified.weights import write_text, written_whole
@@ -42,6 +42,10 @@ class ImageConfig(PluginConfig):
 
     #: observations have at most the area of a square with this side
     max_size: int = Field(256, ge=1)
+    #: sides of squares; every image is brought to one of the few shapes of their areas (see
+    #: `buckets`), with sides of a ratio up to `max_aspect`. Without, its own size decides
+    buckets: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1)
+    max_aspect: float = Field(2.0, ge=1, allow_inf_nan=False)
     #: larger images are refused before they are decoded
     max_source_pixels: int = Field(64_000_000, ge=1)
     #: width C of a latent cell
@@ -59,6 +63,15 @@ class ImageConfig(PluginConfig):
     beta: float = Field(3e-5, ge=0)
     #: weight of the L1 error of differences between neighbouring pixels
     gradient_weight: float = Field(0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _buckets_fit(self) -> ImageConfig:
+        if self.buckets is not None and max(self.buckets) > self.max_size:
+            raise ValueError(
+                f"max_size {self.max_size} is less than the largest of the buckets,"
+                f" {max(self.buckets)}: raise it to {max(self.buckets)}, or leave that bucket out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_network(self) -> ImageConfig:
@@ -89,8 +102,10 @@ class ImageModality(Modality):
                 f"the codec makes cells of {codec.channels} channels at patch {config.patch}, but"
                 f" channels is {config.channels}"
             )
-        if config.max_size < codec.cell:
-            raise ValueError(f"max_size {config.max_size} is less than one cell of {codec.cell}")
+        sizes = {"max_size": config.max_size, "bucket": min(config.buckets or [config.max_size])}
+        for name, size in sizes.items():
+            if size < codec.cell:
+                raise ValueError(f"{name} {size} is less than one cell of {codec.cell}")
         self.config = config
         self.codec = codec
         self.register_buffer("shift", torch.zeros(config.channels))
@@ -117,15 +132,15 @@ class ImageModality(Modality):
         """A PIL image of any mode as uint8 [3, H, W].
 
         The image is scaled down (never up) to an area of at most `max_size` squared and cut to
-        whole cells. `ends` changes nothing, an image has no end to mark; ValueError if the cells
-        do not fill whole blocks, since an image cannot be padded.
+        whole cells, or brought to a shape of the `buckets`. `ends` changes nothing, an image has
+        no end to mark; ValueError if the cells do not fill whole blocks, since an image cannot be
+        padded.
         """
         del ends
         if not isinstance(item, Image.Image):
             raise ValueError(f"an image must be a PIL.Image, but a {type(item).__name__} was found")
         upright = pixels.upright_rgb(item, self.config.max_source_pixels)
-        fitted = pixels.fit_image(upright, self.config.max_size, self.codec.cell)
-        observation = pixels.to_tensor(fitted)
+        observation = pixels.to_tensor(self._fitted(upright))
         rows, columns = self.grid(observation)
         if block is not None and rows * columns % block:
             raise ValueError(
@@ -138,6 +153,14 @@ class ImageModality(Modality):
                 " cut: lower max_size"
             )
         return observation
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        config, cell = self.config, self.codec.cell
+        if config.buckets is None:
+            return pixels.fit_image(image, config.max_size, cell)
+        sides = (image.height, image.width)
+        height, width = buckets.bucket(*sides, config.buckets, cell, config.max_aspect)
+        return pixels.cover(image, (width, height))
 
     def realise(self, observation: Tensor) -> Image.Image:
         return pixels.to_image(observation)
