@@ -11,10 +11,9 @@ Shape legend: B images, H height, W width, C channels, h and w the grid, L = h *
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -22,9 +21,13 @@ from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from unified.evaluation.metrics import psnr
+from unified.critic import Critic
+from unified.evaluation.metrics import psnr, ssim
 from unified.layers import wide
 from unified.modalities.image import buckets, losses, pixels
+from unified.modalities.image.adversarial import Adversarial
+from unified.modalities.image.grouping import together
+from unified.modalities.image.perceptual import Perceptual
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.modality import Latent, Modality, PluginConfig, Posterior
 from unified.weights import write_text, written_whole
@@ -32,9 +35,6 @@ from unified.weights import write_text, written_whole
 EXTRAS = "modality.json"
 #: observations encoded at once while fitting statistics
 FIT_BATCH = 32
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ImageConfig(PluginConfig):
@@ -90,6 +90,10 @@ class ImageModality(Modality):
     """RGB images over a `Codec`."""
 
     Config = ImageConfig
+    critics: ClassVar[Mapping[str, type[Critic]]] = {
+        "adversarial": Adversarial,
+        "perceptual": Perceptual,
+    }
     extensions: ClassVar[tuple[str, ...]] = ("webp", "png", "jpg", "jpeg")
     config: ImageConfig
     shift: Tensor
@@ -165,6 +169,9 @@ class ImageModality(Modality):
     def realise(self, observation: Tensor) -> Image.Image:
         return pixels.to_image(observation)
 
+    def sheet(self, rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+        return pixels.tiled(rows)
+
     def write(self, item: Image.Image, path: Path) -> Path:
         target = path.with_name(f"{path.name}.png")
         item.save(target)
@@ -208,6 +215,13 @@ class ImageModality(Modality):
         """At most 99, for images that are equal."""
         return min(psnr(observation, back, peak=255), 99.0)
 
+    measures: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
+
+    def measure(self, observation: Tensor, back: Tensor) -> dict[str, float]:
+        """PSNR in dB, at most 99, and SSIM, at most 1."""
+        similarity = ssim(observation, back, peak=255)
+        return {"psnr": self.fidelity(observation, back), "ssim": similarity}
+
     def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)
         return [pixels.to_bytes(x_3HW).cpu() for x_3HW in decoded]
@@ -224,15 +238,24 @@ class ImageModality(Modality):
         self, observations: Sequence[Tensor], latents: Sequence[Latent]
     ) -> dict[str, Tensor]:
         """L1 error of pixels in [-1, 1], and of the differences of neighbours, as sums."""
+        return self.judged(observations, latents, ())
+
+    def judged(
+        self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
+    ) -> dict[str, Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)
-        pairs = [
-            (pixels.to_unit(observation.to(x_3HW.device), x_3HW.dtype), x_3HW)
+        originals = [
+            pixels.to_unit(observation.to(x_3HW.device), x_3HW.dtype)
             for observation, x_3HW in zip(observations, decoded, strict=True)
         ]
-        return {
+        pairs = list(zip(originals, decoded, strict=True))
+        sums = {
             "reconstruction": torch.stack([losses.absolute_error(x, y) for x, y in pairs]).sum(),
             "gradient": torch.stack([losses.gradient_error(x, y) for x, y in pairs]).sum(),
         }
+        for critic in critics:
+            sums |= critic(originals, decoded)
+        return sums
 
     def weights(self) -> dict[str, float]:
         return {
@@ -323,21 +346,6 @@ class ImageModality(Modality):
         modality.shift.copy_(shift_C)
         modality.scale.copy_(scale_C)
         return modality
-
-
-def together(
-    items: Sequence[Item],
-    key: Callable[[Item], Hashable],
-    forward: Callable[[Sequence[Item]], Sequence[Result]],
-) -> list[Result]:
-    """`forward` over the items of each key at once; the results in the order of `items`."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[key(item)].append(index)
-    results: dict[int, Result] = {}
-    for indices in groups.values():
-        results.update(zip(indices, forward([items[i] for i in indices]), strict=True))
-    return [results[index] for index in range(len(items))]
 
 
 def _cells(z_BChw: Tensor) -> Tensor:

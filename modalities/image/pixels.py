@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -120,6 +121,20 @@ def cut(image: Image.Image, target: tuple[int, int], scale: float) -> Image.Imag
     left, top = (width - box_width) // 2, (height - box_height) // 2
     box = (left, top, min(left + box_width, width), min(top + box_height, height))
     return image.resize(target, Image.Resampling.LANCZOS, box=box)
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Rows of images in one, on white; every image is in the middle of its column and row."""
+    columns = list(zip(*rows, strict=True))
+    wide = [max(image.width for image in column) + gap for column in columns]
+    high = [max(image.height for image in row) + gap for row in rows]
+    sheet = Image.new("RGB", (sum(wide) + gap, sum(high) + gap), "white")
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            left, top = gap + sum(wide[:c]), gap + sum(high[:r])
+            space = (wide[c] - gap - image.width, high[r] - gap - image.height)
+            sheet.paste(image, (left + space[0] // 2, top + space[1] // 2))
+    return sheet
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -23,7 +23,6 @@ from unified.training.init import as_json, initialise
 from unified.training.loop import (
     Stage,
     distributed_settings,
-    evaluate,
     planned_steps,
     train_stage,
 )
@@ -174,7 +173,6 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     config, stage, pipeline = materials.config, materials.stage, materials.pipeline
     materials.fit_statistics(without_statistics(materials, folder))
     objective = materials.objective().to(accelerator.device)
-    batches = materials.validation()
     progress = train_stage(
         Stage(
             stage,
@@ -185,7 +183,7 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             config.run.seed,
             sum(folder.finished.get(s.name, 0) for s in config.stages if s.name != stage.name),
             config.data.prefetch,
-            (lambda step: evaluate(objective, batches, accelerator)) if batches else None,
+            materials.validate(objective, accelerator),
             materials.sample,
         ),
         accelerator,

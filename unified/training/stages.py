@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,16 @@ from unified.data.mixture import Feed, Mixture
 from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
-from unified.plugins import modality_plugins
+from unified.plugins import critic_plugins, modality_plugins
+from unified.randomness import derive
 from unified.training import samples
+from unified.training.loop import evaluate
+from unified.training.measures import measured
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: examples that the latent statistics are fitted to
 STATISTICS_EXAMPLES = 512
@@ -124,18 +130,37 @@ class Materials:
             for name, examples in self.held_out.items()
         }
 
+    def validate(
+        self, objective: Objective, accelerator: Accelerator
+    ) -> Callable[[int], dict[str, float]] | None:
+        """The named values of a validation: losses over the held-out examples, and in an
+        autoencoder stage the modality's own measures. None without such examples."""
+        batches, held_out = self.validation(), objective.held_out()
+        if not batches:
+            return None
+
+        def validate(step: int) -> dict[str, float]:
+            del step
+            losses = evaluate(held_out, batches, accelerator)
+            if self.stage.modality is None:
+                return losses
+            modality = self.pipeline.modalities[self.stage.modality]
+            return losses | measured(modality, batches, accelerator)
+
+        return validate
+
     def sample(self, step: int, folder: Path) -> None:
         """Write what the model makes of the first held-out examples into `folder`."""
         del step
         for stream, examples in self.held_out.items():
-            few = examples[: samples.SAMPLES]
             if self.stage.modality is not None:
                 modality = self.pipeline.modalities[self.stage.modality]
-                items = samples.reconstruct(modality, [e.observations["X"] for e in few])
-            else:
-                task = self.pipeline.tasks[stream]
-                modality = self.pipeline.modalities[task.layout[task.generates].modality]
-                items = samples.generate(self.pipeline, stream, few, self.config.generation)
+                shown = [e.observations["X"] for e in examples]
+                samples.write_reconstructions(folder, stream, modality, shown)
+                continue
+            few, task = examples[: samples.SAMPLES], self.pipeline.tasks[stream]
+            modality = self.pipeline.modalities[task.layout[task.generates].modality]
+            items = samples.generate(self.pipeline, stream, few, self.config.generation)
             samples.write(folder, stream, modality, items)
 
     @torch.no_grad()
@@ -153,8 +178,13 @@ class Materials:
 
 
 def _autoencoder(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
+    """Critics begin with weights that are a function of the seed and the stage."""
     modality = pipeline.modalities[str(stage.modality)]
-    return AutoencoderObjective(modality, stage, config.run.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.run.seed, stage.name, "critics"))
+        plugins = critic_plugins(type(modality), stage)
+        critics = {name: cls(options) for name, (cls, options) in plugins.items()}
+    return AutoencoderObjective(modality, stage, config.run.seed, critics)
 
 
 def _joint(config: Config, stage: StageConfig, pipeline: UnifiedPipeline) -> Objective:
