@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unified.critic import Critic
-from unified.errors import did_you_mean
+from unified.errors import did_you_mean, one_line
 from unified.layers import wide
 from unified.modalities.image.grouping import together
 from unified.modality import PluginConfig
@@ -168,7 +168,7 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(f"{path} cannot be read as a file of tensors: {error}") from error
+        raise ValueError(f"{path} cannot be read as a file of tensors: {one_line(error)}") from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"{path} should hold a state dict, a mapping from names to tensors")
     return found
