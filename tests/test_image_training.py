@@ -4,6 +4,9 @@ when they should, continue exactly, and leave nothing behind; and what validatio
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from unified.config import Config, StageConfig
-from unified.configuring import load_config, shipped
+from unified.configuring import load_config, save_config, shipped
 from unified.critic import Critic
 from unified.data.streams import Prepared
 from unified.evaluation.metrics import psnr, ssim
@@ -390,6 +393,26 @@ def test_accumulation_changes_nothing(
     one, two = checkpointed(finished, "model"), checkpointed(tmp_path, "model")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_change_nothing(
+    tmp_path: Path, shard: str, weights: Path, finished: Path
+) -> None:
+    save_config(judged_run(tmp_path / "run", shard, weights), tmp_path / "run.yaml")
+    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "unified.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", *command, "train", str(tmp_path / "run.yaml")],
+        check=True,
+        env=environment,
+    )
+    one, two = checkpointed(finished, "model"), checkpointed(tmp_path / "run", "model")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
+    assert lines(tmp_path / "run")[-1]["val/psnr"] == pytest.approx(
+        lines(finished)[-1]["val/psnr"], rel=1e-4
+    )
 
 
 def test_critics_are_checkpointed_averaged_and_left_behind(finished: Path) -> None:
