@@ -286,7 +286,7 @@ def test_the_kl_comes_in_linearly() -> None:
 def test_validation_means_the_same_at_every_step(weights: Path) -> None:
     critics = {"adversarial": ADVERSARIAL, "perceptual": perceptual_options(weights)}
     judged = objective(loss={"beta": 0.2, "kl_warmup_steps": 4, "critics": critics})
-    held_out = judged.held_out()
+    held_out = judged.for_validation()
     terms = {"reconstruction", "gradient", "kl", "perceptual"}
     assert held_out.weights(0).keys() == terms
     assert held_out.weights(0) == held_out.weights(9)

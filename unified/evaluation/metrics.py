@@ -58,7 +58,11 @@ def _windowed(x_CHW: Tensor) -> Tensor:
         size = min(WINDOW, x_CHW.shape[axis])
         place = torch.arange(size, dtype=x_CHW.dtype) - (size - 1) / 2
         weights = torch.exp(-0.5 * (place / WINDOW_STD) ** 2)
-        x_CHW = (x_CHW.unfold(axis, size, 1) * (weights / weights.sum())).sum(-1)
+        places = x_CHW.unfold(axis, size, 1).unbind(-1)
+        averages = torch.zeros_like(places[0])
+        for shifted_CHW, weight in zip(places, (weights / weights.sum()).tolist(), strict=True):
+            averages.add_(shifted_CHW, alpha=weight)
+        x_CHW = averages
     return x_CHW
 
 

@@ -93,7 +93,7 @@ class AutoencoderObjective(Objective):
         main = [p for module in (self.modality, *learning) for p in module.parameters()]
         return {"main": main, "vae": []}
 
-    def held_out(self) -> AutoencoderObjective:
+    def for_validation(self) -> AutoencoderObjective:
         """The KL at its full weight, and no critic that learns."""
         loss = self.stage.loss.model_copy(update={"kl_warmup_steps": 0})
         stage = self.stage.model_copy(update={"loss": loss})

@@ -135,13 +135,13 @@ class Materials:
     ) -> Callable[[int], dict[str, float]] | None:
         """The named values of a validation: losses over the held-out examples, and in an
         autoencoder stage the modality's own measures. None without such examples."""
-        batches, held_out = self.validation(), objective.held_out()
+        batches, fixed = self.validation(), objective.for_validation()
         if not batches:
             return None
 
         def validate(step: int) -> dict[str, float]:
             del step
-            losses = evaluate(held_out, batches, accelerator)
+            losses = evaluate(fixed, batches, accelerator)
             if self.stage.modality is None:
                 return losses
             modality = self.pipeline.modalities[self.stage.modality]
