@@ -44,7 +44,8 @@ class Seeds:
 class AutoencoderPlan:
     observations: list[Tensor]
     generators: list[torch.Generator]
-    critics: list[Critic]
+    #: those that have joined in
+    critics: list[str]
     counts: dict[str, float]
 
 
@@ -71,14 +72,15 @@ class AutoencoderObjective(Objective):
     def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
         observations = [o for e in examples for o in e.observations.values()]
         generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
-        critics = [c for c in map(self.critic, self.critics) if c.start <= step]
+        critics = [name for name in self.critics if self.critic(name).start <= step]
         counts = self.modality.counts(observations)
-        for critic in critics:
-            counts |= critic.counts(observations)
+        for name in critics:
+            counts |= self.critic(name).counts(observations)
         return AutoencoderPlan(observations, generators, critics, counts)
 
     def forward(self, plan: AutoencoderPlan) -> dict[str, Tensor]:
-        return self.modality.loss(plan.observations, plan.generators, plan.critics)
+        critics = [self.critic(name) for name in plan.critics]
+        return self.modality.loss(plan.observations, plan.generators, critics)
 
     def weights(self, step: int) -> dict[str, float]:
         """The KL's rises to beta over the first ``loss.kl_warmup_steps``."""
@@ -89,9 +91,9 @@ class AutoencoderObjective(Objective):
         return weights
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        learning = [c for c in map(self.critic, self.critics) if c.learns]
-        main = [p for module in (self.modality, *learning) for p in module.parameters()]
-        return {"main": main, "vae": []}
+        learning = [n for n in self.critics if self.critic(n).learns]
+        modules = [self.modality, *(self.critics[n] for n in learning)]
+        return {"main": [p for m in modules for p in m.parameters()], "vae": []}
 
     def for_validation(self) -> AutoencoderObjective:
         """The KL at its full weight, and no critic that learns."""
