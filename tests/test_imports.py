@@ -16,7 +16,8 @@ PLUGINS = ("modalities", "tasks", "demos")
 #: A module of the core imports from its own layer and those above it in this list, never below.
 LAYERS = [
     {"errors"},
-    {"visibility", "registry", "config", "configuring", "randomness", "modality", "weights"},
+    {"visibility", "registry", "config", "configuring", "randomness", "weights"},
+    {"modality", "critic"},
     {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},
     {"guidance"},

@@ -5,6 +5,7 @@ Every option of training has a test that would fail if the option did nothing:
     FlowConfig   timesteps, round_timesteps, clean_prefix_rate, grad_through_noisy,
                  grad_through_target                                              here
     LossConfig   vae, fm, mask, beta, ref, modality                               here
+                 kl_warmup_steps, critics                       test_image_training.py
     StageConfig  name, objective, modality, sources, crop, row_length, loss, posterior,
                  optimizer (vae_lr_ratio)                                         here
                  optimizer (all else), interval, accumulate, batch_size           test_training.py

@@ -106,6 +106,11 @@ class LossConfig(Part):
     fm: float = 1.0
     mask: float | None = None
     beta: float | None = None
+    #: autoencoder stages: the KL comes in linearly over this many steps
+    kl_warmup_steps: int = Field(0, ge=0)
+    #: autoencoder stages: name -> options of what else judges the reconstructions; the modality
+    #: says which critics there are
+    critics: dict[str, dict[str, Any]] = {}
     ref: float = 0.0
     #: share of each modality in the flow loss
     modality: dict[str, float] = {}
@@ -181,6 +186,12 @@ class StageConfig(Part):
                 f"stage {self.name}: alignment is of the prior's features, but an autoencoder"
                 " stage trains no prior; it belongs in a joint stage"
             )
+        for key in ("kl_warmup_steps", "critics"):
+            if self.objective == "joint" and getattr(self.loss, key):
+                raise ValueError(
+                    f"stage {self.name}: loss.{key} belongs to an autoencoder stage, and this one"
+                    " is joint"
+                )
         if self.loss.ref and not self.optimizer.vae_lr_ratio:
             raise ValueError(
                 f"stage {self.name}: loss.ref holds learning autoencoders to a reference, but"

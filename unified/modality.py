@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from unified.critic import Critic
 
 
 class PluginConfig(BaseModel):
@@ -127,6 +130,8 @@ class Modality(nn.Module, ABC):
     """
 
     Config: ClassVar[type[PluginConfig]]
+    #: what can judge this autoencoder's reconstructions while it trains, by name
+    critics: ClassVar[Mapping[str, type[Critic]]] = {}
     #: endings of the shard members that hold this modality's items, best first
     extensions: ClassVar[tuple[str, ...]]
     config: Any
@@ -192,6 +197,11 @@ class Modality(nn.Module, ABC):
     def realise(self, observation: Tensor) -> Any:
         """The observation as an item: ids to `str` (cut at eos), pixels to `PIL.Image`."""
 
+    def sheet(self, rows: Sequence[Sequence[Any]]) -> Any | None:
+        """One item that shows `rows` of items one below the other; None where there is none."""
+        del rows
+        return None
+
     def write(self, item: Any, path: Path) -> Path:
         """Write one item to look at to `path` with this modality's ending added; returns that."""
         target = path.with_name(path.name + ".txt")
@@ -254,6 +264,14 @@ class Modality(nn.Module, ABC):
         """How much of an observation its reconstruction `back` gives back."""
         return float((observation == back).double().mean())
 
+    #: names of what `measure` gives
+    measures: ClassVar[tuple[str, ...]] = ()
+
+    def measure(self, observation: Tensor, back: Tensor) -> dict[str, float]:
+        """How near its reconstruction `back` comes to an observation, by name of the measure."""
+        del observation, back
+        return {}
+
     @abstractmethod
     def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
         """Term -> number of positions its sum runs over, without running the network."""
@@ -278,6 +296,13 @@ class Modality(nn.Module, ABC):
     ) -> dict[str, Tensor]:
         """-log p(x | z) of the observations given their latents (eq. 3.15), as sums by term."""
 
+    def judged(
+        self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
+    ) -> dict[str, Tensor]:
+        """`reconstruction`, and the terms of `critics` on the same decoded items."""
+        del critics  # there are none, unless the class names some
+        return self.reconstruction(observations, latents)
+
     def masking(
         self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
     ) -> dict[str, Tensor]:
@@ -286,13 +311,19 @@ class Modality(nn.Module, ABC):
         return {}
 
     def loss(
-        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
+        self,
+        observations: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+        critics: Sequence[Critic] = (),
     ) -> dict[str, Tensor]:
-        """The autoencoder's own objective (eq. 3.16): unweighted sums by term; see `weights`."""
+        """The autoencoder's own objective (eq. 3.16): unweighted sums by term; see `weights`.
+
+        The terms of `critics` come on top.
+        """
         posteriors = self.encode(observations)
         latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
         return {
-            **self.reconstruction(observations, latents),
+            **self.judged(observations, latents, critics),
             "kl": torch.stack([p.kl() for p in posteriors]).sum(),
             **self.masking(observations, generators),
         }

@@ -14,6 +14,7 @@ from unified.errors import Keys, did_you_mean, validated
 from unified.registry import Group, resolve, trusted
 
 if TYPE_CHECKING:
+    from unified.critic import Critic
     from unified.modality import Modality, PluginConfig
     from unified.task import Task
 
@@ -36,6 +37,19 @@ def modality_plugins(
     }
 
 
+def critic_plugins(
+    modality: type[Modality], stage: StageConfig, at: Keys = (), source: str = ""
+) -> dict[str, tuple[type[Critic], PluginConfig]]:
+    """Name -> (class, its configuration) of a stage's critics; `at` is the stage's place."""
+    found = {}
+    for name, options in stage.loss.critics.items():
+        where = f"stage {stage.name}, loss.critics"
+        _known(name, modality.critics, where, "critic", f"which {modality.__name__} lacks")
+        cls = modality.critics[name]
+        found[name] = cls, validated(cls.Config, options, (*at, "loss", "critics", name), source)
+    return found
+
+
 def build_tasks(
     config: Config, trust_remote_code: bool = False, source: str = ""
 ) -> dict[str, Task]:
@@ -53,7 +67,7 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
     Plugins' own keys are known ones; tasks and stages name modalities and sources that exist;
     something is learned in every joint stage. `source` is the file, for error messages.
     """
-    modality_plugins(config, trust_remote_code, source)
+    modalities = modality_plugins(config, trust_remote_code, source)
     tasks = build_tasks(config, trust_remote_code, source)
     for name, task in tasks.items():
         for segment in task.layout.segments:
@@ -67,8 +81,10 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
     for modality in config.flow.timesteps:
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
-    for stage in config.stages:
+    for index, stage in enumerate(config.stages):
         _validate_alignment(config, stage, trust_remote_code)
+        if stage.modality is not None:
+            critic_plugins(modalities[stage.modality][0], stage, ("stages", str(index)), source)
 
 
 def _validate_stages(config: Config, ratios: float) -> None:
@@ -103,9 +119,8 @@ def _validate_alignment(config: Config, stage: StageConfig, trust_remote_code: b
     trusted("encoder", alignment.encoder, trust_remote_code)
 
 
-def _known(name: str, known: Iterable[str], where: str, what: str) -> None:
+def _known(
+    name: str, known: Iterable[str], where: str, what: str, why: str = "which is not configured"
+) -> None:
     if name not in known:
-        raise ValueError(
-            f"{where} names the {what} {name!r}, which is not configured;"
-            f" {did_you_mean(name, known)}"
-        )
+        raise ValueError(f"{where} names the {what} {name!r}, {why}; {did_you_mean(name, known)}")

@@ -11,10 +11,9 @@ Shape legend: B images, H height, W width, C channels, h and w the grid, L = h *
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -22,9 +21,13 @@ from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from unified.evaluation.metrics import psnr
+from unified.critic import Critic
+from unified.evaluation.metrics import psnr, ssim
 from unified.layers import wide
-from unified.modalities.image import losses, pixels
+from unified.modalities.image import buckets, losses, pixels
+from unified.modalities.image.adversarial import Adversarial
+from unified.modalities.image.grouping import together
+from unified.modalities.image.perceptual import Perceptual
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.modality import Latent, Modality, PluginConfig, Posterior
 from unified.weights import write_text, written_whole
@@ -33,15 +36,16 @@ EXTRAS = "modality.json"
 #: observations encoded at once while fitting statistics
 FIT_BATCH = 32
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class ImageConfig(PluginConfig):
     """Sizes, the network, and the weights of the loss terms."""
 
     #: observations have at most the area of a square with this side
     max_size: int = Field(256, ge=1)
+    #: sides of squares; every image is brought to one of the few shapes of their areas (see
+    #: `buckets`), with sides of a ratio up to `max_aspect`. Without, its own size decides
+    buckets: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1)
+    max_aspect: float = Field(2.0, ge=1, allow_inf_nan=False)
     #: larger images are refused before they are decoded
     max_source_pixels: int = Field(64_000_000, ge=1)
     #: width C of a latent cell
@@ -61,6 +65,15 @@ class ImageConfig(PluginConfig):
     gradient_weight: float = Field(0.5, ge=0)
 
     @model_validator(mode="after")
+    def _buckets_fit(self) -> ImageConfig:
+        if self.buckets is not None and max(self.buckets) > self.max_size:
+            raise ValueError(
+                f"max_size {self.max_size} is less than the largest of the buckets,"
+                f" {max(self.buckets)}: raise it to {max(self.buckets)}, or leave that bucket out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_network(self) -> ImageConfig:
         if self.pretrained is None and self.subfolder:
             raise ValueError(f"subfolder {self.subfolder!r} needs pretrained, which is null")
@@ -77,6 +90,10 @@ class ImageModality(Modality):
     """RGB images over a `Codec`."""
 
     Config = ImageConfig
+    critics: ClassVar[Mapping[str, type[Critic]]] = {
+        "adversarial": Adversarial,
+        "perceptual": Perceptual,
+    }
     extensions: ClassVar[tuple[str, ...]] = ("webp", "png", "jpg", "jpeg", "gif")
     config: ImageConfig
     shift: Tensor
@@ -89,8 +106,10 @@ class ImageModality(Modality):
                 f"the codec makes cells of {codec.channels} channels at patch {config.patch}, but"
                 f" channels is {config.channels}"
             )
-        if config.max_size < codec.cell:
-            raise ValueError(f"max_size {config.max_size} is less than one cell of {codec.cell}")
+        sizes = {"max_size": config.max_size, "bucket": min(config.buckets or [config.max_size])}
+        for name, size in sizes.items():
+            if size < codec.cell:
+                raise ValueError(f"{name} {size} is less than one cell of {codec.cell}")
         self.config = config
         self.codec = codec
         self.register_buffer("shift", torch.zeros(config.channels))
@@ -117,15 +136,15 @@ class ImageModality(Modality):
         """A PIL image of any mode as uint8 [3, H, W].
 
         The image is scaled down (never up) to an area of at most `max_size` squared and cut to
-        whole cells. `ends` changes nothing, an image has no end to mark; ValueError if the cells
-        do not fill whole blocks, since an image cannot be padded.
+        whole cells, or brought to a shape of the `buckets`. `ends` changes nothing, an image has
+        no end to mark; ValueError if the cells do not fill whole blocks, since an image cannot be
+        padded.
         """
         del ends
         if not isinstance(item, Image.Image):
             raise ValueError(f"an image must be a PIL.Image, but a {type(item).__name__} was found")
         upright = pixels.upright_rgb(item, self.config.max_source_pixels)
-        fitted = pixels.fit_image(upright, self.config.max_size, self.codec.cell)
-        observation = pixels.to_tensor(fitted)
+        observation = pixels.to_tensor(self._fitted(upright))
         rows, columns = self.grid(observation)
         if block is not None and rows * columns % block:
             raise ValueError(
@@ -139,8 +158,19 @@ class ImageModality(Modality):
             )
         return observation
 
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        config, cell = self.config, self.codec.cell
+        if config.buckets is None:
+            return pixels.fit_image(image, config.max_size, cell)
+        sides = (image.height, image.width)
+        height, width = buckets.bucket(*sides, config.buckets, cell, config.max_aspect)
+        return pixels.cover(image, (width, height))
+
     def realise(self, observation: Tensor) -> Image.Image:
         return pixels.to_image(observation)
+
+    def sheet(self, rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+        return pixels.tiled(rows)
 
     def write(self, item: Image.Image, path: Path) -> Path:
         target = path.with_name(f"{path.name}.png")
@@ -185,6 +215,13 @@ class ImageModality(Modality):
         """At most 99, for images that are equal."""
         return min(psnr(observation, back, peak=255), 99.0)
 
+    measures: ClassVar[tuple[str, ...]] = ("psnr", "ssim")
+
+    def measure(self, observation: Tensor, back: Tensor) -> dict[str, float]:
+        """PSNR in dB, at most 99, and SSIM, at most 1."""
+        similarity = ssim(observation, back, peak=255)
+        return {"psnr": self.fidelity(observation, back), "ssim": similarity}
+
     def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)
         return [pixels.to_bytes(x_3HW).cpu() for x_3HW in decoded]
@@ -201,15 +238,24 @@ class ImageModality(Modality):
         self, observations: Sequence[Tensor], latents: Sequence[Latent]
     ) -> dict[str, Tensor]:
         """L1 error of pixels in [-1, 1], and of the differences of neighbours, as sums."""
+        return self.judged(observations, latents, ())
+
+    def judged(
+        self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
+    ) -> dict[str, Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)
-        pairs = [
-            (pixels.to_unit(observation.to(x_3HW.device), x_3HW.dtype), x_3HW)
+        originals = [
+            pixels.to_unit(observation.to(x_3HW.device), x_3HW.dtype)
             for observation, x_3HW in zip(observations, decoded, strict=True)
         ]
-        return {
+        pairs = list(zip(originals, decoded, strict=True))
+        sums = {
             "reconstruction": torch.stack([losses.absolute_error(x, y) for x, y in pairs]).sum(),
             "gradient": torch.stack([losses.gradient_error(x, y) for x, y in pairs]).sum(),
         }
+        for critic in critics:
+            sums |= critic(originals, decoded)
+        return sums
 
     def weights(self) -> dict[str, float]:
         return {
@@ -300,21 +346,6 @@ class ImageModality(Modality):
         modality.shift.copy_(shift_C)
         modality.scale.copy_(scale_C)
         return modality
-
-
-def together(
-    items: Sequence[Item],
-    key: Callable[[Item], Hashable],
-    forward: Callable[[Sequence[Item]], Sequence[Result]],
-) -> list[Result]:
-    """`forward` over the items of each key at once; the results in the order of `items`."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[key(item)].append(index)
-    results: dict[int, Result] = {}
-    for indices in groups.values():
-        results.update(zip(indices, forward([items[i] for i in indices]), strict=True))
-    return [results[index] for index in range(len(items))]
 
 
 def _cells(z_BChw: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Bytes come from the internet, so nothing here trusts them: only plain raster formats are tried, the
 size is judged by the header before any pixel is decoded, and whatever a decoder stumbles over
 becomes one `ValueError`. An image is never squashed: it is scaled down (never up) by one factor for
-both sides, and what does not fill whole latent cells is cut off evenly.
+both sides, and what does not fill whole latent cells is cut off evenly. Which shape an image is
+brought to is up to its own size (`cells`), or to a few sizes for all (`buckets`).
 
 Shape legend: H height, W width.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -101,13 +103,38 @@ def fit_image(image: Image.Image, max_size: int, cell: int) -> Image.Image:
     width, height = image.size
     rows, columns = cells(width, height, max_size, cell)
     target = (columns * cell, rows * cell)
-    scale = 1.0
     if width * height > max_size**2:
-        scale = max(target[0] / width, target[1] / height)
-    box_width, box_height = target[0] / scale, target[1] / scale
+        return cover(image, target)
+    return cut(image, target, 1.0)
+
+
+def cover(image: Image.Image, target: tuple[int, int]) -> Image.Image:
+    """`image` scaled to cover `target` (width, height), and what stands over cut off evenly."""
+    return cut(image, target, max(target[0] / image.width, target[1] / image.height))
+
+
+def cut(image: Image.Image, target: tuple[int, int], scale: float) -> Image.Image:
+    """The middle of `image`, scaled by `scale`: `target` (width, height) pixels of it."""
+    width, height = image.size
+    # a quotient may come out a rounding error above the side
+    box_width, box_height = min(target[0] / scale, width), min(target[1] / scale, height)
     left, top = (width - box_width) // 2, (height - box_height) // 2
     box = (left, top, min(left + box_width, width), min(top + box_height, height))
     return image.resize(target, Image.Resampling.LANCZOS, box=box)
+
+
+def tiled(rows: Sequence[Sequence[Image.Image]], gap: int = 4) -> Image.Image:
+    """Rows of images in one, on white; every image is in the middle of its column and row."""
+    columns = list(zip(*rows, strict=True))
+    wide = [max(image.width for image in column) + gap for column in columns]
+    high = [max(image.height for image in row) + gap for row in rows]
+    sheet = Image.new("RGB", (sum(wide) + gap, sum(high) + gap), "white")
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            left, top = gap + sum(wide[:c]), gap + sum(high[:r])
+            space = (wide[c] - gap - image.width, high[r] - gap - image.height)
+            sheet.paste(image, (left + space[0] // 2, top + space[1] // 2))
+    return sheet
 
 
 def to_tensor(image: Image.Image) -> Tensor:

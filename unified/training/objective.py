@@ -35,6 +35,11 @@ class Objective(nn.Module, ABC):
     def weights(self, step: int) -> dict[str, float]:
         """The factor of every term that the objective can have in the total loss."""
 
+    def for_validation(self) -> Objective:
+        """What validation sums up, over the same modules: ``val/loss`` has to mean the same at
+        every step, so nothing in it may change with the step but the weights."""
+        return self
+
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """``main``: parameters at lr; ``vae``: parameters at ``lr * vae_lr_ratio`` (or none)."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unified.config import FlowConfig, StageConfig
+from unified.critic import Critic
 from unified.data.streams import Prepared
 from unified.flow import Draws, FlowMatching
 from unified.modality import (
@@ -53,33 +54,65 @@ class Seeds:
 class AutoencoderPlan:
     observations: list[Tensor]
     generators: list[torch.Generator]
+    #: those that have joined in
+    critics: list[str]
     counts: dict[str, float]
     positions: tuple[float, float]
 
 
 class AutoencoderObjective(Objective):
-    """One modality's own stage: reconstruction + beta KL + lambda_mask masking (eq. 3.16)."""
+    """One modality's own stage: reconstruction + beta KL + lambda_mask masking (eq. 3.16), and
+    what the stage's critics make of the reconstructions."""
 
-    def __init__(self, modality: Modality, stage: StageConfig, seed: int):
+    def __init__(
+        self,
+        modality: Modality,
+        stage: StageConfig,
+        seed: int,
+        critics: Mapping[str, Critic] | None = None,
+    ):
         super().__init__()
         self.modality, self.stage, self.seed = modality, stage, seed
+        self.critics = nn.ModuleDict(critics or {})
+
+    def critic(self, name: str) -> Critic:
+        critic = self.critics[name]
+        assert isinstance(critic, Critic)
+        return critic
 
     def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
         observations = [o for e in examples for o in e.observations.values()]
         generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
+        critics = [name for name in self.critics if self.critic(name).start <= step]
         latents = float(sum(math.prod(self.modality.grid(o)) for o in observations))
         counts = self.modality.counts(observations)
-        return AutoencoderPlan(observations, generators, counts, (latents, latents))
+        for name in critics:
+            counts |= self.critic(name).counts(observations)
+        return AutoencoderPlan(observations, generators, critics, counts, (latents, latents))
 
     def forward(self, plan: AutoencoderPlan) -> dict[str, Tensor]:
-        return self.modality.loss(plan.observations, plan.generators)
+        critics = [self.critic(name) for name in plan.critics]
+        return self.modality.loss(plan.observations, plan.generators, critics)
 
     def weights(self, step: int) -> dict[str, float]:
-        del step
-        return autoencoder_weights(self.modality, self.stage)
+        """The KL's rises to beta over the first ``loss.kl_warmup_steps``."""
+        weights = autoencoder_weights(self.modality, self.stage)
+        weights["kl"] *= min(1.0, (step + 1) / max(1, self.stage.loss.kl_warmup_steps))
+        for name in self.critics:
+            weights |= self.critic(name).weights()
+        return weights
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"main": list(self.modality.parameters()), "vae": []}
+        learning = [n for n in self.critics if self.critic(n).learns]
+        modules = [self.modality, *(self.critics[n] for n in learning)]
+        return {"main": [p for m in modules for p in m.parameters()], "vae": []}
+
+    def for_validation(self) -> AutoencoderObjective:
+        """The KL at its full weight, and no critic that learns."""
+        loss = self.stage.loss.model_copy(update={"kl_warmup_steps": 0})
+        stage = self.stage.model_copy(update={"loss": loss})
+        fixed = {n: self.critic(n) for n in self.critics if not self.critic(n).learns}
+        return AutoencoderObjective(self.modality, stage, self.seed, fixed)
 
 
 def autoencoder_weights(modality: Modality, stage: StageConfig) -> dict[str, float]:

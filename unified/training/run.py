@@ -22,7 +22,7 @@ from unified.training import checkpoint
 from unified.training.export import exported
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
-from unified.training.loop import Stage, evaluate, planned_steps, train_stage
+from unified.training.loop import Stage, planned_steps, train_stage
 from unified.training.metrics import say, tracker_names
 from unified.training.parallel import distributed_settings
 from unified.training.precision import current_device, resolve
@@ -189,7 +189,6 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     config, stage, pipeline = materials.config, materials.stage, materials.pipeline
     materials.fit_statistics(without_statistics(materials, folder))
     objective = materials.objective().to(accelerator.device)
-    batches = materials.validation()
     progress = train_stage(
         Stage(
             stage,
@@ -202,7 +201,7 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             config.run.seed,
             sum(folder.finished.get(s.name, 0) for s in config.stages if s.name != stage.name),
             config.data.prefetch,
-            (lambda step: evaluate(objective, batches, accelerator)) if batches else None,
+            materials.validate(objective, accelerator),
             materials.sample,
         ),
         accelerator,

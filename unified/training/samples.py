@@ -1,7 +1,8 @@
 """Samples while training: what the model makes of the first validation examples.
 
 A joint stage generates each task's target from the rest of the example; where there is no rest (a
-text that goes on), from the first half of the target. An autoencoder stage reconstructs.
+text that goes on), from the first half of the target. An autoencoder stage reconstructs, and sets
+originals above reconstructions where the modality has a way to.
 """
 
 from __future__ import annotations
@@ -21,14 +22,29 @@ from unified.randomness import derive
 from unified.sampler import Sampler
 from unified.sequence import Layout
 
-#: examples of each stream
-SAMPLES = 4
+#: examples of each stream, and pairs on a sheet of reconstructions
+SAMPLES, PAIRS = 4, 8
 
 
 def reconstruct(modality: Modality, observations: Sequence[Tensor]) -> list[Any]:
     """The items that the autoencoder gives back."""
     latents = [posterior.mode for posterior in modality.encode(observations)]
     return [modality.realise(o) for o in modality.decode(latents)]
+
+
+def write_reconstructions(
+    folder: Path, stream: str, modality: Modality, observations: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The first reconstructions as files of their own, and a sheet of originals above
+    reconstructions, ``STREAM-sheet``, of a modality that can draw one; the items by name."""
+    shown = observations[:PAIRS]
+    back = reconstruct(modality, shown)
+    written = write(folder, stream, modality, back[:SAMPLES])
+    sheet = modality.sheet([[modality.realise(o) for o in shown], back])
+    if sheet is not None:
+        modality.write(sheet, folder / f"{stream}-sheet")
+        written[f"{stream}-sheet"] = sheet
+    return written
 
 
 def generate(

@@ -11,7 +11,7 @@ from copy import deepcopy
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,17 @@ from unified.data.mixture import Feed, Mixture
 from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.pipeline import UnifiedPipeline
-from unified.plugins import modality_plugins
+from unified.plugins import critic_plugins, modality_plugins
 from unified.randomness import derive
 from unified.training import samples
 from unified.training.alignment import Alignment
+from unified.training.loop import evaluate
+from unified.training.measures import measured
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 #: examples that the latent statistics are fitted to
 STATISTICS_EXAMPLES = 512
@@ -148,21 +153,40 @@ class Materials:
             for name, examples in self.held_out.items()
         }
 
+    def validate(
+        self, objective: Objective, accelerator: Accelerator
+    ) -> Callable[[int], dict[str, float]] | None:
+        """The named values of a validation: losses over the held-out examples, and in an
+        autoencoder stage the modality's own measures. None without such examples."""
+        batches, fixed = self.validation(), objective.for_validation()
+        if not batches:
+            return None
+
+        def validate(step: int) -> dict[str, float]:
+            del step
+            losses = evaluate(fixed, batches, accelerator)
+            if self.stage.modality is None:
+                return losses
+            modality = self.pipeline.modalities[self.stage.modality]
+            return losses | measured(modality, batches, accelerator)
+
+        return validate
+
     def sample(self, step: int, folder: Path) -> dict[str, Any]:
         """Write what the model makes of the first held-out examples into `folder`; the items by
         name."""
         del step
         written: dict[str, Any] = {}
         for stream, examples in self.held_out.items():
-            few = examples[: samples.SAMPLES]
             if self.stage.modality is not None:
                 modality = self.pipeline.modalities[self.stage.modality]
-                items = samples.reconstruct(modality, [e.observations["X"] for e in few])
-            else:
-                name = few[0].stream
-                task = self.pipeline.tasks[name]
-                modality = self.pipeline.modalities[task.layout[task.generates].modality]
-                items = samples.generate(self.pipeline, name, few, self.config.generation)
+                shown = [e.observations["X"] for e in examples]
+                written |= samples.write_reconstructions(folder, stream, modality, shown)
+                continue
+            few = examples[: samples.SAMPLES]
+            task = self.pipeline.tasks[few[0].stream]
+            modality = self.pipeline.modalities[task.layout[task.generates].modality]
+            items = samples.generate(self.pipeline, few[0].stream, few, self.config.generation)
             written |= samples.write(folder, stream.replace("/", "-"), modality, items)
         return written
 
@@ -187,9 +211,14 @@ class Materials:
 def _autoencoder(
     config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
 ) -> Objective:
+    """Critics begin with weights that are a function of the seed and the stage."""
     del trust_remote_code
     modality = pipeline.modalities[str(stage.modality)]
-    return AutoencoderObjective(modality, stage, config.run.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.run.seed, stage.name, "critics"))
+        plugins = critic_plugins(type(modality), stage)
+        critics = {name: cls(options) for name, (cls, options) in plugins.items()}
+    return AutoencoderObjective(modality, stage, config.run.seed, critics)
 
 
 def _joint(
