@@ -23,7 +23,8 @@ LAYERS = [
     {"generate", "likelihood", "data"},
     {"training", "evaluation", "inference", "pipeline"},
     {"official"},
-    {"commands", "show"},
+    {"planning", "show"},
+    {"commands"},
     {"cli"},
 ]
 

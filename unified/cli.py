@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from unified.commands import convert, evaluate, generate, inspect, show, tokenizer
+from unified.commands import convert, evaluate, generate, inspect, plan, show, tokenizer
 from unified.commands.options import (
     AsJson,
     Checkpoint,
@@ -45,6 +45,7 @@ for _name, _group in {
     "convert": convert,
 }.items():
     app.add_typer(_group.app, name=_name)
+app.command("plan")(plan.plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
