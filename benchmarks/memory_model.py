@@ -3,8 +3,8 @@
     python benchmarks/memory_model.py             # a table; --json for JSON (Linux)
 
 Each size is a process of its own. It predicts on fake tensors, and then trains for real: two steps
-of two accumulated microbatches with the objective, AdamW and the averages of a joint stage. Measured
-is the peak of resident memory above what the process held before the model was built. The
+of two accumulated microbatches with the objective, AdamW and the averages of a joint stage. What is
+measured is the peak of resident memory, above what the process held before the model was built. The
 autoencoders are frozen, or learn with `--learning`; `--recompute` checkpoints the prior's blocks.
 
 glibc keeps freed memory for later. MALLOC_MMAP_THRESHOLD_=65536 is set for the processes, so that
@@ -26,18 +26,19 @@ import torch
 
 from unified.config import Config, EMAConfig
 from unified.data.streams import Prepared
+from unified.planning.draft import Draft
 from unified.planning.gpus import GPU
 from unified.planning.imagined import recompute
-from unified.planning.memory import imagined_step, memory
-from unified.planning.plan import Draft, Request
-from unified.plugins import modality_plugins
+from unified.planning.memory import imagined_step, per_device
+from unified.planning.plan import Request
+from unified.plugins import build_tasks, modality_plugins
 from unified.prior import Prior
 from unified.training.ema import EMA
 from unified.training.objectives import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
 
 #: name -> (width, multi-stream blocks, single-stream blocks, examples of a microbatch)
-SIZES = {"small": (256, 2, 4, 8), "medium": (512, 2, 6, 8), "large": (768, 4, 8, 12)}
+SIZES = {"small": (256, 2, 4, 8), "medium": (512, 2, 6, 8), "large": (640, 4, 8, 8)}
 MICROBATCHES = 2
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
@@ -88,7 +89,7 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
         recompute(draft.prior)
     plan = draft.objective.plan(examples, 0)
     step = imagined_step(draft.objective, plan, "fp32", keeps_mask=True)
-    predicted = memory(draft.objective, step, ema=True)
+    predicted = per_device(draft.objective, step, ema=True)
     del draft, plan
     warm_up()
     gc.collect()
@@ -117,7 +118,7 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     before = resident("VmRSS")
     modalities = {n: cls.build(o, None) for n, (cls, o) in modality_plugins(config).items()}
     prior = Prior(config.prior, {n: m.channels for n, m in modalities.items()})
-    layouts = {n: t.layout for n, t in _tasks(config).items()}
+    layouts = {n: t.layout for n, t in build_tasks(config).items()}
     stage = config.stages[0]
     objective = JointObjective(prior, modalities, layouts, stage, config.flow, 0)
     if recomputed:
@@ -137,12 +138,6 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
     return resident("VmHWM") - before
-
-
-def _tasks(config: Config) -> dict[str, Any]:
-    from unified.plugins import build_tasks
-
-    return dict(build_tasks(config))
 
 
 def resident(field: str) -> int:
@@ -180,8 +175,10 @@ def main() -> None:
     if args.json:
         print(json.dumps(rows, indent=2))
         return
-    print("| size | parameters | weights to averages | activations | temporaries | predicted |"
-          " measured | ratio |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| size | parameters | weights to averages | activations | temporaries | predicted |"
+        " measured | ratio |\n|---|---|---|---|---|---|---|---|"
+    )
     for row in rows:
         parts = ("persistent", "activations", "temporaries", "predicted", "measured")
         cells = " | ".join(f"{row[part] / 1e6:,.0f} MB" for part in parts)

@@ -38,8 +38,9 @@ def plan(
     from unified.configuring import load_config
     from unified.planning import report
     from unified.planning.examples import Sizes
+    from unified.planning.draft import make_plan
     from unified.planning.gpus import find_gpu
-    from unified.planning.plan import Request, make_plan
+    from unified.planning.plan import Request
 
     chosen = find_gpu(gpu, peak_tflops, memory_gb)
     request = Request(chosen, gpus, mfu, steps, precision, Sizes(text_tokens, image_size))

@@ -49,7 +49,7 @@ def observation(modality: Modality, grid: tuple[int, ...]) -> Tensor:
 def recompute(prior: Prior) -> None:
     """Checkpoint every block: only its inputs are kept, the rest is computed again."""
     for block in prior.blocks:
-        block.forward = partial(  # type: ignore[method-assign]
+        block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
 

@@ -96,7 +96,7 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def memory(
+def per_device(
     objective: JointObjective, step: Step, ema: bool, devices: int = 1, sharded: bool = False
 ) -> Memory:
     """Memory per device of training `objective`, replicated over `devices` or fully sharded."""
