@@ -271,7 +271,7 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_the_command_prints_what_its_json_says(own, capsys):
-    options = (own, "--gpus", "2", "--gpu", "a100-80", "--mfu", "0.5", "--steps", "100")
+    options = (own, "--gpus", "2", "--gpu", "a100-80", "--mfu", "0.5", "--precision", "bf16")
     told = json.loads(run(capsys, *options, "--json"))
     text = run(capsys, *options)
     assert told["microbatch"] == 3
@@ -280,9 +280,9 @@ def test_the_command_prints_what_its_json_says(own, capsys):
     )
     assert f"{told['parameters']['total']:,}" in text
     assert f"{told['positions_per_s']:,.0f} /s" in text
-    flops_per_s = 2 * 312e12 * 0.5
-    assert told["seconds"] == pytest.approx(100 * told["step_flops"] / flops_per_s)
-    assert told["eflops"] == pytest.approx(100 * told["step_flops"] / 1e18)
+    assert told["steps"] == 2
+    assert told["seconds"] == pytest.approx(2 * told["step_flops"] / (2 * 312e12 * 0.5))
+    assert told["eflops"] == pytest.approx(2 * told["step_flops"] / 1e18)
     for memory in told["memory_bytes"].values():
         assert sum(v for part, v in memory.items() if part != "total") == memory["total"]
 
@@ -300,8 +300,8 @@ def test_a_step_is_its_batch_of_average_examples():
 
 def test_autoencoders_that_learn_cost_more_of_everything():
     def of(**changes: Any) -> Any:
-        stages = [tiny.joint(**changes)]
-        return make_plan(tiny.config(stages=stages), Request(GPUS["h100"]))
+        tasks, stages = {"captioning": tiny.TASKS["captioning"]}, [tiny.joint(**changes)]
+        return make_plan(tiny.config(tasks=tasks, stages=stages), Request(GPUS["h100"]))
 
     frozen, learning = of(), of(optimizer={"vae_lr_ratio": 1.0})
     anchored = of(optimizer={"vae_lr_ratio": 1.0}, loss={"ref": 0.1})

@@ -37,8 +37,8 @@ def plan(
     """Print parameters, FLOPs, memory per device and time of a joint stage, without running it."""
     from unified.configuring import load_config
     from unified.planning import report
-    from unified.planning.examples import Sizes
     from unified.planning.draft import make_plan
+    from unified.planning.examples import Sizes
     from unified.planning.gpus import find_gpu
     from unified.planning.plan import Request
 

@@ -1,4 +1,4 @@
-"""What is asked of a plan, and what it says: FLOPs, bytes and time of a joint stage on given GPUs."""
+"""What is asked of a plan, and what it says: FLOPs, bytes and time of a joint stage on GPUs."""
 
 from __future__ import annotations
 
