@@ -61,9 +61,10 @@ def _example(example: Example) -> dict[str, Any]:
 def as_text(plan: Plan) -> str:
     """The plan for a reader: parameters, FLOPs, memory, time, and what was assumed."""
     request, stage = plan.request, plan.stage
+    devices = f"{request.gpus} device{'s' if request.gpus > 1 else ''}"
     head = (
         f"stage {stage.name} on {request.gpus} x {request.gpu.name}, {plan.precision}: batch"
-        f" {stage.batch_size:,} = {request.gpus} devices x {stage.accumulate} accumulated x"
+        f" {stage.batch_size:,} = {devices} x {stage.accumulate} accumulated x"
         f" {plan.microbatch}"
     )
     parts = {
@@ -82,7 +83,7 @@ def _flops(plan: Plan) -> str:
     ]
     for name, e in plan.examples.items():
         values = [getattr(e, part) / TERA for part in FLOPS] + [e.flops / TERA]
-        rows.append((name, f"{e.share:.0%}", f"{e.positions:,}", *(f"{v:.3f}" for v in values)))
+        rows.append((name, f"{e.share:.0%}", f"{e.positions:,}", *map(_number, values)))
     step = f"a step of {plan.stage.batch_size:,} examples: {plan.step_flops / EXA:.4g} EFLOPs"
     return f"{_table(rows)}\n{step}"
 
@@ -101,6 +102,7 @@ def _memory(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> str:
     seconds = plan.steps * plan.seconds_per_step
+    hours = seconds * plan.request.gpus / 3600
     rows = [
         ("step", f"{plan.seconds_per_step:.3g} s"),
         ("positions", f"{plan.positions_per_second:,.0f} /s"),
@@ -110,7 +112,7 @@ def _speed(plan: Plan) -> str:
         rows.append((name, f"{t.items:,.0f} items/s{tokens}"))
     rows += [
         (f"{plan.steps:,} steps", f"{plan.steps * plan.step_flops / EXA:,.4g} EFLOPs"),
-        ("wall time", f"{duration(seconds)} ({seconds * plan.request.gpus / 3600:,.0f} GPU hours)"),
+        ("wall time", f"{duration(seconds)} ({_number(hours)} GPU hours)"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -146,6 +148,13 @@ def duration(seconds: float) -> str:
             whole = int(seconds // size)
             return f"{whole} {big} {int(seconds % size // part)} {small}"
     return f"{seconds:.3g} s"
+
+
+def _number(value: float) -> str:
+    """Three places, but for what is too large to need them or too small to have them."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
