@@ -24,7 +24,8 @@ LAYERS = [
     {"generate", "likelihood", "data"},
     {"training", "evaluation", "inference", "pipeline"},
     {"official"},
-    {"commands", "show"},
+    {"planning", "show"},
+    {"commands"},
     {"cli"},
 ]
 

@@ -21,6 +21,7 @@ from unified.commands import (
     evaluate,
     generate,
     inspect,
+    plan,
     runs,
     show,
     tokenizer,
@@ -57,6 +58,7 @@ for _name, _group in {
     "convert": convert,
 }.items():
     app.add_typer(_group.app, name=_name)
+app.command("plan")(plan.plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from unified.config import Config
 from unified.errors import did_you_mean, validated
+from unified.modality import Modality
 from unified.plugins import modality_plugins
 from unified.prior import Prior
 from unified.registry import resolve
@@ -65,13 +67,22 @@ class Counts:
 
 def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, Counts]:
     """Module -> its counts, without allocating any parameter."""
+    return counts_of(*on_meta(config, trust_remote_code))
+
+
+def on_meta(config: Config, trust_remote_code: bool = False) -> tuple[dict[str, Modality], Prior]:
+    """The model on the meta device, where parameters have a shape and take no memory."""
     with torch.device("meta"):
         modalities = {
             name: cls.build(options, None)
             for name, (cls, options) in modality_plugins(config, trust_remote_code).items()
         }
         channels = {name: modality.channels for name, modality in modalities.items()}
-        prior = Prior(config.prior, channels=channels)
+        return modalities, Prior(config.prior, channels=channels)
+
+
+def counts_of(modalities: Mapping[str, Modality], prior: Prior) -> dict[str, Counts]:
+    """Module -> its counts."""
     counts = {n: Counts(_parts(m), m.embedding_parameters) for n, m in modalities.items()}
     return counts | {"prior": Counts(_parts(prior))}
 
@@ -93,20 +104,24 @@ def _parts(module: nn.Module) -> dict[str, int]:
     return parts
 
 
+def counts_tree(counts: Mapping[str, Counts]) -> dict[str, Any]:
+    """The counts as ``{"modules": {...}, "total": n}``."""
+    modules = {
+        name: {"parameters": c.total, "embedding": c.embedding, "parts": c.parts}
+        for name, c in counts.items()
+    }
+    return {"modules": modules, "total": sum(c.total for c in counts.values())}
+
+
 def show_model(counts: dict[str, Counts], as_json: bool = False) -> str:
-    """The counts as a table, or as JSON ``{"modules": {...}, "total": n}``."""
-    total = sum(c.total for c in counts.values())
+    """The counts as a table, or as JSON; see `counts_tree`."""
     if as_json:
-        modules = {
-            name: {"parameters": c.total, "embedding": c.embedding, "parts": c.parts}
-            for name, c in counts.items()
-        }
-        return json.dumps({"modules": modules, "total": total}, indent=2)
+        return json.dumps(counts_tree(counts), indent=2)
     rows = []
     for name, c in counts.items():
         rows.append((name, c.total))
         rows += [(f"  {part}", count) for part, count in c.parts.items()]
         rows += [("  of which embedding", c.embedding)] if c.embedding else []
-    rows.append(("total", total))
+    rows.append(("total", sum(c.total for c in counts.values())))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {count:>18,}" for name, count in rows)

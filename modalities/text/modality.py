@@ -308,7 +308,7 @@ class TextModality(Modality):
             order = torch.randperm(len(real), generator=generator)
             hidden = real[order[: self._hidden(ids_T)].to(real.device)]
             inputs.append(ids_T.index_fill(0, hidden, self.config.vocab_size))
-            target = torch.full_like(ids_T, self.tokenizer.pad_id)
+            target = torch.full_like(ids_T, self.unknown_id)
             targets.append(target.index_copy(0, hidden, ids_T[hidden]))
         posteriors = self.encode(inputs)
         latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
