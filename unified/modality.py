@@ -362,6 +362,18 @@ def grid_of(modality: Modality, observed: Observed) -> tuple[int, ...]:
     return observed.grid if isinstance(observed, Posterior) else modality.grid(observed)
 
 
+def unencoded(observed: Iterable[Observed]) -> list[Tensor]:
+    """The observations themselves. ValueError where only their latents are stored."""
+    found = list(observed)
+    tensors = [o for o in found if isinstance(o, Tensor)]
+    if len(tensors) < len(found):
+        raise ValueError(
+            "this needs the items themselves, but found stored latents: name the sources they were"
+            " made from"
+        )
+    return tensors
+
+
 def posteriors_of(modality: Modality, observed: Sequence[Observed]) -> list[Posterior]:
     """The posteriors of all, encoded at once where they are not stored."""
     tensors = [o for o in observed if isinstance(o, Tensor)]

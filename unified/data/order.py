@@ -112,8 +112,9 @@ class Order:
             chosen[index] = self.source.shard(self.source.urls[index])
         entries = [entry for index in sorted(chosen) for entry in chosen[index]]
         # the first window's key is the epoch's own
-        key = [self.seed, self.stream, "epoch", epoch, *([first] if first else [])]
-        order = torch.randperm(len(entries), generator=generator(*key)).tolist()
+        key = (epoch, first) if first else (epoch,)
+        draw = generator(self.seed, self.stream, "epoch", *key)
+        order = torch.randperm(len(entries), generator=draw).tolist()
         stop = first + len(chosen)
         return Window(epoch, first, stop, before, [entries[i] for i in order])
 

@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unified.modality import Modality, Posterior, draw
+from unified.modality import Modality, Observed, Posterior, draw, posteriors_of
 from unified.randomness import generator
 
 BATCH = 32
 
 
 @torch.no_grad()
-def posteriors(modality: Modality, observations: Sequence[Tensor]) -> Iterator[Posterior]:
+def posteriors(modality: Modality, observations: Sequence[Observed]) -> Iterator[Posterior]:
     """The posterior of each observation, `BATCH` of them encoded at once."""
     modality.eval()
     for start in range(0, len(observations), BATCH):
-        yield from modality.encode(observations[start : start + BATCH])
+        yield from posteriors_of(modality, observations[start : start + BATCH])
 
 
 @torch.no_grad()

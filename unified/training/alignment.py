@@ -132,8 +132,9 @@ class Alignment(nn.Module):
         m = self.config.modality
         spans = [s for s in batch.spans if s.segment.modality == m and s.segment.noise != "clean"]
         places = [(s.sample, s.segment.copies or s.segment.kind) for s in spans]
-        observed = [examples[i].observations[kind] for i, kind in places]
-        if not all(isinstance(o, Tensor) for o in observed):
+        told = [examples[i].observations[kind] for i, kind in places]
+        observed = [o for o in told if isinstance(o, Tensor)]
+        if len(observed) < len(told):
             raise ValueError(
                 f"alignment reads the observations of {m}, but this stage has only their latents:"
                 " train it without stored latents, or without alignment"

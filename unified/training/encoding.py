@@ -34,6 +34,9 @@ from unified.training.run import without_statistics
 from unified.training.stages import Materials, Sources
 from unified.weights import write_bytes, write_text
 
+#: the number of a shard, as a pattern of names
+NUMBER = "[0-9]" * 5
+
 
 @dataclass
 class Encoded:
@@ -184,12 +187,12 @@ def settings(materials: Materials, out: Path) -> dict[str, object]:
         label, told = name.replace("/", "-"), materials.config.data.sources[source]
         named = {"train": told.train, "val": told.val, **told.splits}
         shards = {
-            split: [str(path) for path in sorted(out.absolute().glob(f"{label}-{split}-*.tar"))]
+            split: [str(p) for p in sorted(out.absolute().glob(f"{label}-{split}-{NUMBER}.tar"))]
             for split, urls in named.items()
             if urls
         }
-        train_and_val = {split: shards.pop(split) for split in ("train", "val") if split in shards}
-        sources[f"{label}-latents"] = {**train_and_val, **({"splits": shards} if shards else {})}
+        further = {split: shards.pop(split) for split in told.splits if split in shards}
+        sources[f"{label}-latents"] = {**shards, "splits": further}
         shares = tasks.setdefault(name.partition("/")[0], {"source": {}})["source"]
         shares[f"{label}-latents"] = ratio  # type: ignore[index]
     model = str((out / "model").absolute())

@@ -29,6 +29,7 @@ from unified.modality import (
     draw,
     grid_of,
     posteriors_of,
+    unencoded,
 )
 from unified.prior import Prior
 from unified.randomness import generator
@@ -81,7 +82,7 @@ class AutoencoderObjective(Objective):
         return critic
 
     def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
-        observations = [o for e in examples for o in e.observations.values()]
+        observations = unencoded(o for e in examples for o in e.observations.values())
         generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
         critics = [name for name in self.critics if self.critic(name).start <= step]
         latents = float(sum(math.prod(self.modality.grid(o)) for o in observations))
@@ -257,9 +258,8 @@ class JointObjective(Objective):
         if not observed:
             learning = m in self.learning
             return {f"{m}/entropy": nothing(self.modality(m).parameters())} if learning else {}
-        observations = [o for _, _, o in observed]
         with nullcontext() if m in self.learning else torch.no_grad():
-            posteriors = posteriors_of(modality, observations)
+            posteriors = posteriors_of(modality, [o for _, _, o in observed])
         generators = plan.seeds.each(plan.examples, f"posterior/{m}")
         latents = [
             self._latent(p, generators[i])
@@ -270,6 +270,7 @@ class JointObjective(Objective):
         if m not in self.learning:
             return {}
         masks = plan.seeds.each([plan.examples[i] for i, _, _ in observed], f"mask/{m}")
+        observations = unencoded(o for _, _, o in observed)
         sums = modality.reconstruction(observations, latents)
         sums |= modality.masking(observations, masks)
         sums["entropy"] = -torch.stack([p.entropy() for p in posteriors]).sum()

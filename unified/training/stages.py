@@ -22,6 +22,7 @@ from unified.data.fixed import fixed_examples
 from unified.data.mixture import Feed, Mixture
 from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
+from unified.modality import unencoded
 from unified.pipeline import UnifiedPipeline
 from unified.plugins import critic_plugins, modality_plugins
 from unified.randomness import derive
@@ -180,7 +181,7 @@ class Materials:
         for stream, examples in self.held_out.items():
             if self.stage.modality is not None:
                 modality = self.pipeline.modalities[self.stage.modality]
-                shown = [e.observations["X"] for e in examples]
+                shown = unencoded(e.observations["X"] for e in examples)
                 written |= samples.write_reconstructions(folder, stream, modality, shown)
                 continue
             few = examples[: samples.SAMPLES]
