@@ -141,15 +141,15 @@ def test_a_bad_image_is_skipped_and_too_many_end_the_run(
     with pytest.raises(SystemExit) as end:
         cli.main(["train", str(path), "data.max_bad_share=0.2", f"run.dir={tmp_path / 'again'}"])
     assert not end.value.code
-    assert "skipping a bad example" in caplog.text
+    assert "replacing a bad example" in caplog.text
 
 
 def test_captions_longer_than_a_row_end_the_run_if_all_are(fails: Fails, tmp_path: Path) -> None:
     tasks = {"captioning": tiny.TASKS["captioning"]}
     path = write_config(tmp_path, tasks=tasks, stages=[tiny.joint(steps=1)])
     message = fails("train", path, "stages.joint.row_length=30", "data.max_bad_share=1")
-    assert "6 of 6" in message
-    assert "a row holds 30; shorten the item or raise row_length" in message
+    assert "source s has too many bad examples for captioning: 100 of 100" in message
+    assert "a row holds 30; shorten the item, raise row_length, or set too_long" in message
 
 
 def test_one_caption_longer_than_a_row_is_counted(

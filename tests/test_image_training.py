@@ -29,7 +29,7 @@ from unified.modalities.image.adversarial import Adversarial, AdversarialConfig
 from unified.modalities.image.modality import ImageModality
 from unified.modalities.image.perceptual import Perceptual, PerceptualConfig
 from unified.plugins import modality_plugins, validate_plugins
-from unified.training import loop
+from unified.training import checkpoint, loop
 from unified.training.objectives import AutoencoderObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
@@ -358,7 +358,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shard: str, weights: Path
 
 
 def checkpointed(folder: Path, name: str) -> dict[str, Tensor]:
-    return read_file(folder / "checkpoints" / "image_vae-5" / f"{name}.safetensors")
+    return checkpoint.read(folder / "checkpoints" / "image_vae-5", name)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:

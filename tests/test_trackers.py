@@ -31,6 +31,7 @@ def test_tensorboard_shows_the_samples_that_are_written(tmp_path: Path) -> None:
     found = accumulator.EventAccumulator(str(tmp_path / "run" / "trackers" / "unified")).Reload()
     tags = found.Tags()
     named = {"image_vae/s-0", "image_vae/s-1", "joint/text_to_image-0", "joint/text_to_image-1"}
+    named |= {"image_vae/s-sheet"}
     assert set(tags["images"]) == named
     texts = {f"joint/{t}-{i}/text_summary" for t in ("captioning", "continuation") for i in (0, 1)}
     assert texts <= set(tags["tensors"])

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: reasons that a report or an error quotes
 REASONS = 3
+#: substitutes for a bad example that are tried
+ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,14 @@ class Bad:
             log.warning("replacing a bad example, the first of this epoch: %s", reason)
         self.reasons = [*self.reasons, reason][:REASONS]
         if self.count > self.max_share * total or self.count == total:
-            raise ValueError(
-                f"source {self.feed.source.name} has too many bad examples for"
-                f" {self.feed.label}: {self.count} of {total}, where max_bad_share"
-                f" {self.max_share:g} is allowed; {'; '.join(self.reasons)}"
-            )
+            raise self.too_many(f"{self.count} of {total}")
+
+    def too_many(self, how_many: str) -> ValueError:
+        return ValueError(
+            f"source {self.feed.source.name} has too many bad examples for {self.feed.label}:"
+            f" {how_many}, where max_bad_share {self.max_share:g} is allowed;"
+            f" {'; '.join(self.reasons)}"
+        )
 
     def report(self) -> None:
         """Log how many examples of an epoch were replaced, and why the first ones were."""
@@ -124,12 +129,12 @@ class Preparer(Dataset[Any]):
 
 @dataclass(frozen=True)
 class Drawn:
-    """A step before anything is read: this process's requests, and by feed the state and the window
-    after the step."""
+    """A step before anything is read: this process's requests, the window each example is of, and
+    the state after the step."""
 
     requests: list[Request]
-    state: dict[str, Any]
     windows: list[Window]
+    state: dict[str, Any]
 
 
 class Mixture:
@@ -209,8 +214,8 @@ class Mixture:
 
         for prepared in self._prepared(requests()):
             drawn = waiting.popleft()
-            found = zip(drawn.requests, prepared, strict=True)
-            batch = [self._settle(request, p, drawn.windows) for request, p in found]
+            found = zip(drawn.requests, prepared, drawn.windows, strict=True)
+            batch = [self._settle(*slot) for slot in found]
             self._state = drawn.state
             yield batch
 
@@ -220,12 +225,14 @@ class Mixture:
         uniform = torch.rand(self._batch_size, dtype=torch.float64, generator=draw)
         # right=True: a share of zero is an empty interval, and never drawn
         feeds = torch.searchsorted(self._shares, uniform, right=True).tolist()
-        slots = [Request(f, step, slot, self._orders[f].next()) for slot, f in enumerate(feeds)]
-        return Drawn(
-            [r for r in slots if r.slot % self._processes == self._process],
-            self._places(),
-            [order.window for order in self._orders],
-        )
+        drawn = Drawn([], [], {})
+        for slot, feed in enumerate(feeds):
+            entry = self._orders[feed].next()
+            if slot % self._processes == self._process:
+                drawn.requests.append(Request(feed, step, slot, entry))
+                drawn.windows.append(self._orders[feed].window)
+        drawn.state.update(self._places())
+        return drawn
 
     def _prepared(self, batches: Iterator[list[Request]]) -> Iterator[list[Prepared | str]]:
         if not self._workers:
@@ -239,20 +246,21 @@ class Mixture:
             )
         )
 
-    def _settle(
-        self, request: Request, found: Prepared | str, windows: Sequence[Window]
-    ) -> Prepared:
+    def _settle(self, request: Request, found: Prepared | str, window: Window) -> Prepared:
         """What was prepared; where that is bad, a random other example of the window."""
-        window, bad = windows[request.feed], self._bad[request.feed]
+        if isinstance(found, Prepared):
+            return found
+        bad = self._bad[request.feed]
+        self.bad += 1
+        bad.add(found, window.epoch, window.seen)
         purpose = (self._seed, self._stage, request.step, request.slot, "substitute")
-        attempts = count()
-        while isinstance(found, str):
-            self.bad += 1
-            bad.add(found, window.epoch, window.seen)
-            draw = generator(*purpose, next(attempts))
-            index = torch.randint(len(window.entries), (), generator=draw)
-            found = self._prepare[replace(request, entry=window.entries[int(index)])]
-        return found
+        for attempt in range(ATTEMPTS):
+            draw = generator(*purpose, attempt)
+            index = int(torch.randint(len(window.entries), (), generator=draw))
+            other = self._prepare[replace(request, entry=window.entries[index])]
+            if isinstance(other, Prepared):
+                return other
+        raise bad.too_many(f"{ATTEMPTS} of {ATTEMPTS} drawn at random in one window")
 
 
 def _cumulative_shares(ratios: Mapping[str, float]) -> torch.Tensor:

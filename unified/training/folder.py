@@ -74,9 +74,13 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / ".lock"
         try:
-            with FileLock(self.path / ".lock", blocking=False):
-                yield
+            with FileLock(lock, blocking=False):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
         except Timeout:
             raise ValueError(
                 f"another process is training in {self.path}; wait for it, or choose another"
