@@ -31,7 +31,7 @@ from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.randomness import generator
 from unified.sequence import Layout, Segment
 from unified.task import Task
-from unified.visibility import SAME, UP_TO
+from unified.visibility import BEFORE, SAME, UP_TO
 
 
 class Letters:
@@ -64,7 +64,11 @@ class Echo(Task):
             Segment("C", "letters", block=2),
             Segment("N", "letters", "block", "C", block=2),
         ),
-        sees={"P": {"P": SAME}, "C": {"P": UP_TO, "C": UP_TO}, "N": {"P": UP_TO, "N": SAME}},
+        sees={
+            "P": {"P": SAME},
+            "C": {"P": UP_TO, "C": UP_TO},
+            "N": {"P": UP_TO, "C": BEFORE, "N": SAME},
+        },
     )
 
     def __init__(self) -> None:
@@ -284,7 +288,7 @@ def test_an_example_maps_modalities_to_items(tmp_path):
 def test_a_task_stream_observes_every_segment(tmp_path):
     (raw,) = read_shards(write(tmp_path / "s.tar", {"0": {"txt": b"abcde"}}))
     example, draw = Example(raw, MODALITIES), generator(0)
-    stream = TaskStream("echo", Echo(), MODALITIES, row_length=13)  # type: ignore[arg-type]
+    stream = TaskStream("echo", Echo(), MODALITIES, row_length=11)  # type: ignore[arg-type]
     observations, _ = stream.prepare(example, draw)
     # P is given: not closed. C is generated: closed, and filled up to whole blocks.
     assert {k: o.tolist() for k, o in observations.items()} == {
@@ -292,9 +296,11 @@ def test_a_task_stream_observes_every_segment(tmp_path):
         "C": [98, 99, 100, 101, 0, 0],
     }
     with pytest.raises(
-        ValueError, match=r"example 0: .* 13 latents \(P 1 \+ C 6 \+ N 6\) .* holds 12"
+        # the last block of C is seen by nobody who learns
+        ValueError,
+        match=r"example 0: .* 11 latents \(P 1 \+ C 4 \+ N 6\) .* holds 10",
     ):
-        TaskStream("echo", Echo(), MODALITIES, row_length=12).prepare(example, draw)  # type: ignore[arg-type]
+        TaskStream("echo", Echo(), MODALITIES, row_length=10).prepare(example, draw)  # type: ignore[arg-type]
 
 
 def test_a_sample_too_long_is_cut_by_whole_blocks_if_so_configured(tmp_path):
@@ -307,12 +313,12 @@ def test_a_sample_too_long_is_cut_by_whole_blocks_if_so_configured(tmp_path):
         return observations["C"].tolist(), truncated
 
     whole = [ord(c) for c in "bcdefgh"] + [0]
-    assert cut(17) == (whole, False)
-    # a row of 16 has room for P and 7 of C with their twins: three blocks of two
-    assert cut(16) == (whole[:6], True)
-    assert cut(5) == (whole[:2], True)
-    with pytest.raises(ValueError, match=r"17 latents .* a row holds 4"):
-        cut(4)
+    # P, four blocks of N, and C without its last
+    assert cut(15) == (whole, False)
+    assert cut(14) == (whole[:6], True)
+    assert cut(3) == (whole[:2], True)
+    with pytest.raises(ValueError, match=r"15 latents .* a row holds 2"):
+        cut(2)
 
 
 def test_a_stream_needs_its_modality():

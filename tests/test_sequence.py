@@ -9,6 +9,7 @@ import torch
 import toys
 
 from unified.layers import rotary_angles, rotate
+from unified.randomness import generator
 from unified.sequence import Layout, Sample, Segment, grid_positions, pack, place
 
 
@@ -81,3 +82,35 @@ def test_a_layout_that_does_not_match_its_table_is_a_sentence():
         Layout((Segment("N", "text", copies="X"),), {})
     with pytest.raises(ValueError, match="do not match"):
         Layout((Segment("C", "text"),), {"Z": {}})
+
+
+def test_training_leaves_out_what_no_loss_depends_on():
+    layouts = toys.layouts()
+    rule = toys.visibility(layouts)
+    sizes = {"continuation": {"C": (6,)}, "captioning": {"P": (3,), "I": (2, 2), "C": (4,)}}
+    sizes["text_to_image"] = {"C": (4,), "I": (2, 3)}
+
+    def lengths(task: str) -> dict[str, int]:
+        batch = pack([Sample(task, sizes[task])], layouts, rule, None, 3, training=True)
+        return {s.segment.kind: s.stop - s.start for s in batch.spans}
+
+    assert lengths("continuation") == {"C": 4, "N": 6}
+    assert lengths("captioning") == {"P": 3, "I": 4, "C": 2, "N": 4}
+    assert lengths("text_to_image") == {"C": 4, "I": 6, "N": 4}  # the image sees all of C
+
+
+def test_the_loss_is_the_same_without_them():
+    layouts, of = toys.layouts(unconditional_rate=0.3), toys.samples(12)
+    rule, model, flow = toys.visibility(layouts), toys.prior(), toys.flow(layouts)
+    values, losses, gradients = toys.latents(of, layouts), [], []
+    for training in (False, True):
+        batch = pack(of, layouts, rule, 64, 3, training).with_latents(values)
+        seeds = [generator(3, i) for i in range(len(of))]
+        draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, seeds)
+        noisy, targets = flow.corrupt(batch, draws)
+        found = flow.loss(model(noisy), targets, draws)
+        losses.append({term: float(value.detach()) for term, value in found.items()})
+        gradients.append(torch.autograd.grad(sum(found.values()), model.parameters()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)

@@ -121,6 +121,15 @@ class Placed:
     segment: Segment
     blocks: Tensor
     positions: Tensor
+    #: which of the segment's latents these are; None is all
+    kept: Tensor | None = None
+
+    def only(self, keep: Sequence[bool]) -> Placed:
+        """The positions that are marked."""
+        if all(keep):
+            return self
+        kept = torch.tensor(keep, dtype=torch.bool).nonzero()[:, 0]
+        return replace(self, blocks=self.blocks[kept], positions=self.positions[kept], kept=kept)
 
 
 def grid_positions(grid: tuple[int, ...], start: int, axes: int) -> Tensor:
@@ -164,6 +173,29 @@ def place(
     return list(placed.values())
 
 
+def needed(placed: Sequence[Placed], table: str, visibility: Visibility) -> list[Placed]:
+    """`placed` without the clean blocks that no noisy position sees, through any number of layers:
+    no loss depends on them. (The last block of a clean text is one, where only its own twin and
+    what comes after it would see it.) All of it, where nothing is noisy."""
+    keys = [(i, int(b)) for i, p in enumerate(placed) for b in p.blocks.unique()]
+    noisy = torch.tensor([placed[i].segment.noise != "clean" for i, _ in keys])
+    if not noisy.any():
+        return list(placed)
+    one = torch.zeros(1, len(keys), dtype=torch.int64)
+    kinds = [visibility.kind_index[placed[i].segment.kind] for i, _ in keys]
+    group = Coordinates(
+        sample=one,
+        table=one + visibility.table_index[table],
+        kind=torch.tensor([kinds]),
+        block=torch.tensor([[b for _, b in keys]]),
+    )
+    seen, reached = visibility.dense(group)[0], noisy
+    while not torch.equal(more := reached | seen[reached].any(0), reached):
+        reached = more
+    kept = {key for key, r in zip(keys, reached.tolist(), strict=True) if r}
+    return [p.only([(i, int(b)) in kept for b in p.blocks]) for i, p in enumerate(placed)]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One example of one task, by the grid of each filled segment's latents.
@@ -188,6 +220,8 @@ class Span:
     stop: int
     #: index of each position's block within the segment [stop - start], for one draw per block
     block: Tensor
+    #: which of the segment's latents are there; None is all
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -228,8 +262,8 @@ class PackedBatch:
         """This batch holding ``values[sample][kind]`` [L, C]; a twin takes what it copies."""
         parts: dict[str, list[Tensor]] = {m: [] for m in self.where}
         for s in self.spans:
-            kind = s.segment.copies or s.segment.kind
-            parts[s.segment.modality].append(values[s.sample][kind])
+            z = values[s.sample][s.segment.copies or s.segment.kind]
+            parts[s.segment.modality].append(z if s.kept is None else z[s.kept.to(z.device)])
         return replace(self, latents={m: torch.cat(p) for m, p in parts.items()})
 
     def with_streams(self, channels: Mapping[str, int]) -> PackedBatch:
@@ -255,13 +289,18 @@ def pack(
     visibility: Visibility,
     row_length: int | None,
     axes: int,
+    training: bool = False,
 ) -> PackedBatch:
     """Lay samples out in as few rows of `row_length` as best-fit-decreasing finds.
 
     Without a `row_length`, sample i has row i to itself. Rows are cut to the longest one used.
-    ValueError for a sample longer than a row.
+    For `training`, clean blocks that no loss depends on are left out (`needed`). ValueError for a
+    sample longer than a row.
     """
     placed = [place(layouts[s.task], s.grids, axes, s.clock, s.start) for s in samples]
+    if training:
+        each = zip(placed, samples, strict=True)
+        placed = [needed(parts, sample.task, visibility) for parts, sample in each]
     lengths = [sum(len(p.blocks) for p in sample) for sample in placed]
     starts, rows, width = _arrange(lengths, row_length)
     at = _cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
@@ -300,7 +339,7 @@ def _by_modality(
         m = p.segment.modality
         start = taken.get(m, 0)
         taken[m] = start + len(here)
-        spans.append(Span(i, p.segment, start, taken[m], p.blocks - p.blocks[:1]))
+        spans.append(Span(i, p.segment, start, taken[m], p.blocks - p.blocks[:1], p.kept))
         where.setdefault(m, []).append(here)
     return {m: torch.cat(w) for m, w in where.items()}, spans
 

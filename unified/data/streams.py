@@ -19,7 +19,9 @@ from torch import Tensor
 from unified.data.examples import Example
 from unified.data.latents import LATENTS, fingerprint, from_bytes, phased
 from unified.modality import Modality, Observed, Posterior, grid_of
+from unified.sequence import needed, place
 from unified.task import Task
+from unified.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Stream(Protocol):
 class TaskStream:
     """The samples of one task: its segments filled, each observed by its modality.
 
-    A sample with more latents (twins included) than `row_length` is an error, or with
-    `too_long="truncate"` has the end of its longest text cut off, by whole blocks.
+    A sample with more latents than `row_length` (twins included, and without what no loss depends
+    on) is an error, or with `too_long="truncate"` has the end of its longest text cut off, by
+    whole blocks.
     """
 
     def __init__(
@@ -144,8 +147,17 @@ class TaskStream:
         return {m: fingerprint(self.modalities[m]) for m in set(self.kinds.values())}
 
     def _lengths(self, observations: Mapping[str, Observed]) -> dict[str, int]:
-        grids = {k: grid_of(self.modalities[self.kinds[k]], o) for k, o in observations.items()}
-        return {s.kind: math.prod(grids[s.copies or s.kind]) for s in self._layout.segments}
+        """Kind -> latents that a row has to hold, twins included."""
+        grids = {k: self._grid(k, o) for k, o in observations.items()}
+        placed = place(self._layout, grids, axes=max(map(len, grids.values())))
+        return {p.segment.kind: len(p.blocks) for p in needed(placed, "", self._visibility)}
+
+    def _grid(self, kind: str, observed: Observed) -> tuple[int, ...]:
+        return grid_of(self.modalities[self.kinds[kind]], observed)
+
+    @cached_property
+    def _visibility(self) -> Visibility:
+        return Visibility({"": self._layout.sees})
 
     def _excess(self, observations: Mapping[str, Observed]) -> int:
         """By how many latents a sample exceeds a row."""
@@ -156,7 +168,7 @@ class TaskStream:
     def _shorter(self, observations: Mapping[str, Observed], excess: int) -> tuple[str, int]:
         """The longest segment with blocks, and the most latents that it may have: whole blocks,
         and less by the excess, which it shares with its twins."""
-        lengths = self._lengths(observations)
+        lengths = {k: math.prod(self._grid(k, o)) for k, o in observations.items()}
         segments = [s for s in self._layout.filled if s.block is not None]
         if not segments:
             raise ValueError(self._too_long(observations))

@@ -72,7 +72,7 @@ def layout_flops(
     """FLOPs of one forward pass over one example, whose filled segments have these grids (kind ->
     ``(length,)`` or ``(h, w)``), in training: every noise group has a timestep of its own."""
     visibility = Visibility({"": layout.sees})
-    batch = pack([Sample("", grids)], {"": layout}, visibility, None, config.axes)
+    batch = pack([Sample("", grids)], {"": layout}, visibility, None, config.axes, training=True)
     positions = {m: len(where) for m, where in batch.where.items()}
     return prior_flops(config, channels, positions, visible_pairs(batch), timesteps(batch))
 

@@ -188,7 +188,8 @@ class JointObjective(Objective):
         seeds = Seeds(self.seed, self.stage.name, step)
         samples = [Sample(e.stream, self._grids(e)) for e in examples]
         axes = self.prior.config.axes
-        batch = pack(samples, self.layouts, self.visibility, self.stage.row_length, axes)
+        rows = self.stage.row_length
+        batch = pack(samples, self.layouts, self.visibility, rows, axes, training=True)
         tasks = [e.stream for e in examples]
         draws = self.flow.draw(batch, tasks, self.prior.channels, seeds.each(examples, "flow"))
         counts = FlowMatching.counts(draws)
