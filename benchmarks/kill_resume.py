@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 #: kinds of kills, by how often they are drawn
@@ -95,7 +96,7 @@ def config(folder: Path, args: argparse.Namespace) -> Path:
 
 
 def start(file: Path, run: Path, args: argparse.Namespace, prelude: str = "") -> Any:
-    """The training command, as a group of processes of its own."""
+    """The training command."""
     script = run.parent / f"train{'-dies' if prelude else ''}.py"
     script.write_text(prelude + TRAIN)
     launcher = [sys.executable]
@@ -105,15 +106,18 @@ def start(file: Path, run: Path, args: argparse.Namespace, prelude: str = "") ->
     command = [*launcher, str(script), "train", str(file), f"run.dir={run}"]
     with (run.parent / f"{run.name}.log").open("a") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
 
 def kill(process: Any, how: signal.Signals) -> None:
-    """End the whole group and wait for it."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, how)
+    """End a sitting, the processes that torchrun launched too, and wait for all of them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in (psutil.Process(process.pid), *(family if how == signal.SIGKILL else [])):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(how)
+        psutil.wait_procs(family)
     process.wait()
 
 
@@ -125,8 +129,7 @@ def once(kind: str, file: Path, run: Path, args: argparse.Namespace, draw: rando
     delay = draw.random() * args.longest
     try:
         process.wait(timeout=None if kind == "while saving" else delay)
-        kill(process, signal.SIGKILL)
-        return process.returncode != 0
+        return bool(process.returncode)
     except subprocess.TimeoutExpired:
         kill(process, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     if kind == "power cut":

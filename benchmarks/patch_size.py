@@ -49,7 +49,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
             "modalities": {
                 "text": {
                     "type": "text", "vocab_size": 2048, "dim": 128, "ffn_dim": 384, "num_heads": 2,
-                    "encoder_num_blocks": 1, "decoder_num_blocks": 1, "latent_dim": 64,
+                    "encoder_num_blocks": 1, "decoder_num_blocks": 1, "latent_dim": 128,
                     "max_tokens": 2048, "beta": 1e-3, **VARIANTS[variant],
                 },
             },
@@ -65,7 +65,7 @@ def config(variant: str, out: Path, vae_steps: int, steps: int) -> Config:
             "data": {
                 "sources": {"prose": {s: [PROSE.format(s)] for s in ("train", "val")}},
             },
-            "flow": {"timesteps": {"text": {"loc": 2.5, "scale": 1.5}}, "clean_prefix_rate": 0.3},
+            "flow": {"timesteps": {"text": {"loc": 3.0, "scale": 1.5}}, "clean_prefix_rate": 0.3},
             "training": {"trackers": [], "save_every": 200, "validate_every": 200},
             "stages": [
                 {

@@ -10,6 +10,7 @@ import torch
 import toys
 from torch.nn.attention.flex_attention import flex_attention
 
+from unified import attention
 from unified.attention import attend, see
 from unified.tasks import captioning, continuation, text_to_image
 from unified.visibility import (
@@ -164,3 +165,26 @@ def test_unknown_backend_is_a_sentence():
 def test_tables_compile_to_integers():
     rule = Visibility({"t": {"C": {"C": ALL}}})
     assert rule.lo_TKK.shape == rule.hi_TKK.shape == (1, 2, 2)
+
+
+def test_long_rows_are_cut_into_tiles_that_change_nothing(monkeypatch):
+    layouts = toys.layouts()
+    batch = toys.batch(toys.samples(40), layouts, row_length=200)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(*batch.shape, 2, 8, dtype=torch.float64, generator=rng, requires_grad=True)
+        for _ in range(3)
+    )
+    monkeypatch.setattr(attention, "TILE", 48)
+    found = []
+    for tiled in (10**6, 100):
+        monkeypatch.setattr(attention, "TILED", tiled)
+        seen = see(batch.visibility, batch.coordinates, backend="sdpa")
+        assert (seen.tiles is None) == (tiled > 200)
+        out = attend(q, k, v, seen)
+        found.append([out, *torch.autograd.grad((out**3).sum(), (q, k, v))])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    mask = batch.visibility.dense(batch.coordinates)
+    shown = sum(t.mask.numel() for row in seen.tiles for t in row)
+    assert shown < 0.5 * mask.numel()

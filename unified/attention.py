@@ -4,7 +4,8 @@
 forward pass; every layer then shares it. Two backends give equal results:
 
 * ``sdpa``: PyTorch's scaled-dot-product attention under a dense boolean mask. Runs and trains on
-  every device; its cost is dense in the row length.
+  every device; its cost is dense in the row length, so long rows are cut into tiles of queries,
+  each of which is shown just the keys that one of them sees.
 * ``flex``: FlexAttention with a block mask, which skips invisible blocks. On the CPU it has no
   backward pass, so there it is for inference only.
 
@@ -27,13 +28,25 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BACKENDS = ("sdpa", "flex")
+#: queries of a tile, and from how many queries on a row is cut into tiles
+TILE, TILED = 128, 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Some queries of one row: the keys [K] that any of them sees, and who sees which [q, K]."""
+
+    keys: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], or a block mask."""
+    """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], the tiles of each row,
+    or a block mask."""
 
     dense: Tensor | None = None
+    tiles: list[list[Tile]] | None = None
     blocks: BlockMask | None = None
 
 
@@ -54,7 +67,10 @@ def see(
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
     if backend == "sdpa":
-        return Seen(dense=visibility.dense(query, key)[:, None])
+        mask_RQS = visibility.dense(query, key)
+        if mask_RQS.shape[1] < TILED:
+            return Seen(dense=mask_RQS[:, None])
+        return Seen(tiles=[[_tile(m) for m in row.split(TILE)] for row in mask_RQS.unbind()])
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, queries = query.sample.shape
@@ -65,6 +81,11 @@ def see(
     )
 
 
+def _tile(mask_qS: Tensor) -> Tile:
+    keys = mask_qS.any(0).nonzero()[:, 0]
+    return Tile(keys, mask_qS[:, keys])
+
+
 def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor:
     """Softmax attention [R, Q, H, D], scores scaled by 1/sqrt(D). A query that sees nothing gets 0.
 
@@ -73,9 +94,25 @@ def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor
     q, k, v = (x.to(v_RSHD.dtype).transpose(1, 2) for x in (q_RQHD, k_RSHD, v_RSHD))
     if seen.blocks is not None:
         out = _flex(q.device.type)(q, k, v, block_mask=seen.blocks)
+    elif seen.tiles is not None:
+        rows = zip(q.split(1), k.split(1), v.split(1), seen.tiles, strict=True)
+        out = torch.cat([_by_tile(*row) for row in rows])
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.dense)
     return out.transpose(1, 2)
+
+
+def _by_tile(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> Tensor:
+    """The attention of one row [1, H, Q, D], tile by tile."""
+    parts = [
+        F.scaled_dot_product_attention(
+            part, k.index_select(2, t.keys), v.index_select(2, t.keys), attn_mask=t.mask
+        )
+        if len(t.keys)
+        else torch.zeros_like(part)
+        for part, t in zip(q.split(TILE, dim=2), tiles, strict=True)
+    ]
+    return torch.cat(parts, dim=2)
 
 
 @cache
