@@ -3,22 +3,25 @@
     python benchmarks/beside.py                          # all pairs, a table; --json for JSON
     python benchmarks/beside.py --only flux --dtype bf16 --threads 4 --repeats 9
 
-| pair | ours | theirs |
-|---|---|---|
-| `sd3` | the prior, multi-stream blocks only, everything visible | diffusers' `SD3Transformer2DModel` |
-| `flux` | the prior, a third of the blocks multi-stream, likewise | diffusers' `FluxTransformer2DModel` |
-| `table` | that of `flux` under the table of text_to_image, with its noisy twin of the caption | `flux` |
-| `text` | a joint step of a text-only prior on stored latents | transformers' `LlamaForCausalLM` |
-| `image_vae` | the image autoencoder's own loss | the `AutoencoderKL` in it, L1 and KL |
-| `text_vae` | the text autoencoder's own loss, without masking | a Llama of as many blocks |
+    sd3         the prior, all blocks multi-stream       diffusers' SD3Transformer2DModel
+    flux        the prior, a third multi-stream          diffusers' FluxTransformer2DModel
+    table       that under the table of text_to_image    that, which has no noisy captions
+    text        a step of the prior on stored latents    a step of transformers' LlamaForCausalLM
+    image_vae   the image autoencoder's own loss         the AutoencoderKL in it, with L1 and KL
+    text_vae    the text autoencoder's own loss          a LlamaForCausalLM of as many blocks
 
-Width, depth, heads, rows and tokens of a pair are the same. One step is forward and backward, for
-`text` with data plan and AdamW; the two take turns, so that a busy machine slows both. FLOPs are
-counted by PyTorch (`FlopCounterMode`) as dense products of matrices, backward included, and what a
-mask hides too. Where the time ratio is at most the FLOP ratio, we lose nothing to overhead.
+In `sd3` and `flux` everything sees everything; in `text` a text is clean and noisy, two positions
+for each of a language model's. `text_vae` is without the masked-token loss, a second pass.
 
-Seconds are wall time, the best of all turns. The CPU's own time, of all threads, says less about
-waiting and more about work; it is the better figure on a machine that others use.
+Width, depth, heads, rows and tokens of a pair are the same. A step is forward and backward; in
+`text` it begins with the plan of the data and ends with AdamW. The two take turns, so that a busy
+machine slows both. FLOPs are counted by PyTorch's `FlopCounterMode`: dense products of matrices,
+backward included, and what a mask hides as well. (A causal kernel skips half of what is counted for
+attention: in `text` theirs does, in `text_vae` both do.) A time ratio of at most the FLOP ratio
+says that we lose nothing to overhead.
+
+Seconds are wall time, the best of all turns. Beside their ratio stand that of the medians, and that
+of the CPU's own time over all threads, which waiting for other processes does not lengthen.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ def squared(*outputs: Tensor) -> Tensor:
 
 
 def new_prior(size: Size, multi: int, channels: Mapping[str, int] = CHANNELS) -> Prior:
-    """A prior of `size`. A new one's gates are shut; here they are open, as training leaves them."""
+    """A prior of `size`. A new one's gates are shut; these are open, as training leaves them."""
     config = PriorConfig(
         width=size.width, heads=size.heads, head_dim=size.head_dim,
         rope_dim=size.head_dim * 3 // 4, multi_stream_depth=multi,
@@ -175,8 +178,9 @@ def sd3(size: Size) -> Pair:
         **conditions(size),
     }
     ours = our_mmdit(size, OPEN, multi=size.depth)
-    loss = lambda: squared(theirs(**given).sample)  # noqa: E731
-    return ours, Contender("SD3Transformer2DModel", theirs, ours.positions, loss)
+    return ours, Contender(
+        "SD3Transformer2DModel", theirs, ours.positions, lambda: squared(theirs(**given).sample)
+    )
 
 
 def conditions(size: Size) -> dict[str, Tensor]:
@@ -206,8 +210,9 @@ def flux_model(size: Size) -> Contender:
         **conditions(size),
     }
     positions = size.rows * (size.caption + size.side**2)
-    loss = lambda: squared(theirs(**given).sample)  # noqa: E731
-    return Contender("FluxTransformer2DModel", theirs, positions, loss)
+    return Contender(
+        "FluxTransformer2DModel", theirs, positions, lambda: squared(theirs(**given).sample)
+    )
 
 
 def flux(size: Size) -> Pair:
@@ -238,12 +243,15 @@ def llama(size: Size, inner: int, learns: bool) -> Contender:
     )  # fmt: skip
     model, ids = LlamaForCausalLM(config), words(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if learns else None
-    loss = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
+
+    def loss() -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
     return Contender("LlamaForCausalLM", model, ids.numel(), loss, optimizer)
 
 
 def text(size: Size) -> Pair:
-    """12 W^2 weights of a block act on every position of either; a text has two in ours."""
+    """12 W^2 weights of a block act on every position of either; a token is two of them in ours."""
     prior = new_prior(size, 0, {"text": CHANNELS["text"]})
     task = ContinuationConfig(source="", block=min(BLOCK, size.text), max_tokens=size.text)
     stage = StageConfig.model_validate(
@@ -301,8 +309,7 @@ def text_vae(size: Size) -> Pair:
         latent_dim=CHANNELS["text"], max_tokens=size.text, mask_weight=0,
     )  # fmt: skip
     modality, ids = TextModality(config, None), words(size)
-    loss = lambda: own_loss(modality, list(ids))  # noqa: E731
-    ours = Contender("TextModality", modality, ids.numel(), loss)
+    ours = Contender("TextModality", modality, ids.numel(), lambda: own_loss(modality, list(ids)))
     return ours, llama(size, inner, learns=False)
 
 
@@ -382,12 +389,12 @@ def measure(name: str, size: Size, precision: str, repeats: int) -> dict[str, An
             "name": contender.name,
             "parameters": sum(p.numel() for p in contender.module.parameters()),
             "positions": contender.positions,
-            **count,
+            **work,
             "seconds": min(times["wall"]),
             "median_seconds": statistics.median(times["wall"]),
             "cpu_seconds": min(times["cpu"]),
         }
-        for contender, count, times in zip(pair, counted, taken, strict=True)
+        for contender, work, times in zip(pair, counted, taken, strict=True)
     )
     return {
         "pair": name,
@@ -422,12 +429,19 @@ def line(row: Mapping[str, Any]) -> str:
     return "| " + " | ".join([*cells, *seconds, *ratios, f"{row['load']:.1f}"]) + " |"
 
 
+def count(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, {number} was given")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5, help="steps of either one")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=count, default=5, help="steps of either one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
