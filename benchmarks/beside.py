@@ -1,0 +1,460 @@
+"""Our networks beside what one would take instead, on the CPU: time and FLOPs, in one process.
+
+    python benchmarks/beside.py                          # all pairs, a table; --json for JSON
+    python benchmarks/beside.py --only flux --dtype bf16 --threads 4 --repeats 9
+
+    sd3         the prior, all blocks multi-stream       diffusers' SD3Transformer2DModel
+    flux        the prior, a third multi-stream          diffusers' FluxTransformer2DModel
+    table       that under the table of text_to_image    that, which has no noisy captions
+    text        a step of the prior on stored latents    a step of transformers' LlamaForCausalLM
+    image_vae   the image autoencoder's own loss         the AutoencoderKL in it, with L1 and KL
+    text_vae    the text autoencoder's own loss          a LlamaForCausalLM of as many blocks
+
+In `sd3` and `flux` everything sees everything; in `text` a text is clean and noisy, two positions
+for each of a language model's. `text_vae` is without the masked-token loss, a second pass.
+
+Width, depth, heads, rows and tokens of a pair are the same. A step is forward and backward; in
+`text` it begins with the plan of the data and ends with AdamW. The two take turns, so that a busy
+machine slows both. FLOPs are counted by PyTorch's `FlopCounterMode`: dense products of matrices,
+backward included, and what a mask hides as well. (A causal kernel skips half of what is counted for
+attention: in `text` theirs does, in `text_vae` both do.) A time ratio of at most the FLOP ratio
+says that we lose nothing to overhead.
+
+Seconds are wall time, the best of all turns. Beside their ratio stand that of the medians, and that
+of the CPU's own time over all threads, which waiting for other processes does not lengthen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from unified.config import FlowConfig, PriorConfig, StageConfig
+from unified.data.streams import Prepared
+from unified.modalities.image.modality import ImageConfig, ImageModality
+from unified.modalities.image.pixels import to_unit
+from unified.modalities.text.modality import TextConfig, TextModality
+from unified.modality import Modality, Posterior
+from unified.prior import Prior
+from unified.randomness import generator
+from unified.sequence import Layout, PackedBatch, Sample, Segment, pack
+from unified.tasks.continuation import Continuation, ContinuationConfig
+from unified.tasks.text_to_image import TextToImage, TextToImageConfig
+from unified.training.objectives import JointObjective
+from unified.training.optim import build_optimizer, learning_groups
+from unified.visibility import ALL, Visibility
+
+#: channels of a latent
+CHANNELS = {"text": 16, "image": 64}
+#: latents of a block of text
+BLOCK = 16
+#: what PyTorch's counter calls the products of attention; all others are those of layers
+ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a pair is: `side` squared cells of an image, and a caption of `caption` tokens, or
+    a text of `text` tokens. The last line is for the image autoencoder."""
+
+    width: int = 384
+    heads: int = 6
+    depth: int = 6
+    rows: int = 2
+    side: int = 16
+    caption: int = 64
+    text: int = 256
+    vocabulary: int = 2048
+    levels: tuple[int, ...] = (32, 64, 128, 128, 128)
+    pixels: int = 64
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of a pair: `loss` runs `module` forward over `positions` of a sequence (or pixels)."""
+
+    name: str
+    module: nn.Module
+    positions: int
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer | None = None
+
+    def step(self, precision: str) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        with autocast(precision):
+            loss = self.loss()
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+
+Pair = tuple[Contender, Contender]
+
+
+def autocast(precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def squared(*outputs: Tensor) -> Tensor:
+    """A loss through which every output has a gradient."""
+    return torch.stack([x.float().square().mean() for x in outputs]).sum()
+
+
+# ---- the prior beside diffusers' transformers ----------------------------------------------------
+
+
+def new_prior(size: Size, multi: int, channels: Mapping[str, int] = CHANNELS) -> Prior:
+    """A prior of `size`. A new one's gates are shut; these are open, as training leaves them."""
+    config = PriorConfig(
+        width=size.width, heads=size.heads, head_dim=size.head_dim,
+        rope_dim=size.head_dim * 3 // 4, multi_stream_depth=multi,
+        single_stream_depth=size.depth - multi,
+    )  # fmt: skip
+    prior = Prior(config, channels)
+    for parameter in prior.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return prior
+
+
+#: a caption and an image that see each other, as in the models of diffusers
+OPEN = Layout(
+    (Segment("C", "text"), Segment("I", "image", noise="segment")),
+    {"C": {"C": ALL, "I": ALL}, "I": {"C": ALL, "I": ALL}},
+)
+
+
+def painting(size: Size, layout: Layout) -> PackedBatch:
+    """A caption and a noisy image in every row; the image, and each noisy block, has its time."""
+    grids = {"C": (size.caption,), "I": (size.side, size.side)}
+    samples, visibility = [Sample("", grids)] * size.rows, Visibility({"": layout.sees})
+    batch = pack(samples, {"": layout}, visibility, None, axes=3)
+    for span in batch.spans:
+        if span.segment.noise != "clean":
+            drawn = torch.rand(int(span.block.max()) + 1)
+            where = batch.where[span.segment.modality][span.start : span.stop]
+            batch.time_RL.view(-1)[where] = drawn[span.block]
+    batch.latents.update({m: torch.randn(len(w), CHANNELS[m]) for m, w in batch.where.items()})
+    return batch
+
+
+def our_mmdit(size: Size, layout: Layout, multi: int) -> Contender:
+    prior, batch = new_prior(size, multi), painting(size, layout)
+    return Contender(
+        "Prior", prior, int(batch.positions[0]), lambda: squared(*prior(batch).values())
+    )
+
+
+def sd3(size: Size) -> Pair:
+    from diffusers import SD3Transformer2DModel
+
+    theirs = SD3Transformer2DModel(
+        sample_size=size.side, patch_size=1, in_channels=CHANNELS["image"],
+        out_channels=CHANNELS["image"], num_layers=size.depth, attention_head_dim=size.head_dim,
+        num_attention_heads=size.heads, joint_attention_dim=CHANNELS["text"],
+        caption_projection_dim=size.width, pooled_projection_dim=CHANNELS["text"],
+        pos_embed_max_size=size.side, qk_norm="rms_norm",
+    )  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(size.rows, CHANNELS["image"], size.side, size.side),
+        "timestep": 1000 * torch.rand(size.rows),
+        **conditions(size),
+    }
+    ours = our_mmdit(size, OPEN, multi=size.depth)
+    return ours, Contender(
+        "SD3Transformer2DModel", theirs, ours.positions, lambda: squared(theirs(**given).sample)
+    )
+
+
+def conditions(size: Size) -> dict[str, Tensor]:
+    """A caption as diffusers' models take it: embedded, and pooled."""
+    return {
+        "encoder_hidden_states": torch.randn(size.rows, size.caption, CHANNELS["text"]),
+        "pooled_projections": torch.randn(size.rows, CHANNELS["text"]),
+    }
+
+
+def flux_model(size: Size) -> Contender:
+    from diffusers import FluxTransformer2DModel
+
+    multi, quarter = size.depth // 3, size.head_dim // 8 * 2
+    theirs = FluxTransformer2DModel(
+        in_channels=CHANNELS["image"], num_layers=multi, num_single_layers=size.depth - multi,
+        attention_head_dim=size.head_dim, num_attention_heads=size.heads,
+        joint_attention_dim=CHANNELS["text"], pooled_projection_dim=CHANNELS["text"],
+        axes_dims_rope=(size.head_dim - 2 * quarter, quarter, quarter),
+    )  # fmt: skip
+    cells = torch.cartesian_prod(*[torch.arange(size.side)] * 2)
+    given = {
+        "hidden_states": torch.randn(size.rows, size.side**2, CHANNELS["image"]),
+        "timestep": torch.rand(size.rows),
+        "img_ids": nn.functional.pad(cells, (1, 0)),
+        "txt_ids": torch.zeros(size.caption, 3),
+        **conditions(size),
+    }
+    positions = size.rows * (size.caption + size.side**2)
+    return Contender(
+        "FluxTransformer2DModel", theirs, positions, lambda: squared(theirs(**given).sample)
+    )
+
+
+def flux(size: Size) -> Pair:
+    return our_mmdit(size, OPEN, multi=size.depth // 3), flux_model(size)
+
+
+def table(size: Size) -> Pair:
+    layout = TextToImage(TextToImageConfig(source="", block=min(BLOCK, size.caption))).layout
+    return our_mmdit(size, layout, multi=size.depth // 3), flux_model(size)
+
+
+# ---- text beside a language model ----------------------------------------------------------------
+
+
+def words(size: Size) -> Tensor:
+    """Ids [rows, text]."""
+    return torch.randint(size.vocabulary, (size.rows, size.text))
+
+
+def llama(size: Size, inner: int, learns: bool) -> Contender:
+    """A Llama of `depth` blocks, whose gated MLP is `inner` wide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=inner,
+        num_hidden_layers=size.depth, num_attention_heads=size.heads,
+        max_position_embeddings=size.text, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), words(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if learns else None
+
+    def loss() -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    return Contender("LlamaForCausalLM", model, ids.numel(), loss, optimizer)
+
+
+def text(size: Size) -> Pair:
+    """12 W^2 weights of a block act on every position of either; a token is two of them in ours."""
+    prior = new_prior(size, 0, {"text": CHANNELS["text"]})
+    task = ContinuationConfig(source="", block=min(BLOCK, size.text), max_tokens=size.text)
+    stage = StageConfig.model_validate(
+        {
+            "name": "joint", "objective": "joint", "steps": 1, "batch_size": size.rows,
+            "row_length": 2 * size.text, "posterior": "mean", "optimizer": {"vae_lr_ratio": 0},
+        }
+    )  # fmt: skip
+    unused = TextConfig(vocab_size=8, dim=8, ffn_dim=8, num_heads=1, latent_dim=CHANNELS["text"])
+    modalities = {"text": TextModality(unused, None)}
+    layouts = {"continuation": Continuation(task).layout}
+    objective = JointObjective(prior, modalities, layouts, stage, FlowConfig(), seed=0)
+    examples = [stored(slot, size.text) for slot in range(size.rows)]
+
+    def loss() -> Tensor:
+        plan = objective.plan(examples, 0)
+        return weighed(objective(plan), objective.weights(0), plan.counts)
+
+    optimizer = build_optimizer(
+        learning_groups(objective.groups(), stage.optimizer), stage.optimizer
+    )
+    positions = 2 * size.rows * size.text
+    ours = Contender("JointObjective", prior, positions, loss, optimizer)
+    return ours, llama(size, inner=size.width * 8 // 3, learns=True)
+
+
+def stored(slot: int, length: int) -> Prepared:
+    """A passage whose latents a frozen autoencoder has left."""
+    mean_LC = torch.randn(length, CHANNELS["text"])
+    posterior = Posterior(mean_LC, torch.full_like(mean_LC, -4.0), (length,))
+    return Prepared("continuation", f"{slot}", slot, {"C": posterior})
+
+
+def weighed(
+    sums: Mapping[str, Tensor], weights: Mapping[str, float], counts: Mapping[str, float]
+) -> Tensor:
+    """The loss of a step: every term's mean, by its weight."""
+    return torch.stack([weights[t] * value / counts[t] for t, value in sums.items()]).sum()
+
+
+def own_loss(modality: Modality, observations: list[Tensor]) -> Tensor:
+    """An autoencoder's objective, as its stage has it."""
+    generators = [generator(0, slot) for slot in range(len(observations))]
+    sums = modality.loss(observations, generators)
+    return weighed(sums, modality.weights(), modality.counts(observations))
+
+
+def text_vae(size: Size) -> Pair:
+    """Half the blocks encode and half decode; a Llama of all of them has weights of the same sizes,
+    but for the projections between tokens and latents."""
+    inner = size.width * 8 // 3
+    config = TextConfig(
+        vocab_size=size.vocabulary, dim=size.width, ffn_dim=2 * inner, num_heads=size.heads,
+        encoder_num_blocks=size.depth // 2, decoder_num_blocks=size.depth - size.depth // 2,
+        latent_dim=CHANNELS["text"], max_tokens=size.text, mask_weight=0,
+    )  # fmt: skip
+    modality, ids = TextModality(config, None), words(size)
+    ours = Contender("TextModality", modality, ids.numel(), lambda: own_loss(modality, list(ids)))
+    return ours, llama(size, inner, learns=False)
+
+
+# ---- the image autoencoder -----------------------------------------------------------------------
+
+
+def image_vae(size: Size) -> Pair:
+    """The same network twice. Ours has a loss more, on the differences of neighbouring pixels."""
+    groups = min(32, *size.levels)
+    config = ImageConfig.model_validate(
+        {
+            "max_size": size.pixels, "channels": CHANNELS["image"],
+            "network": {"block_out_channels": size.levels, "norm_groups": groups},
+        }
+    )  # fmt: skip
+    ours, other = (ImageModality.build(config, None) for _ in range(2))
+    network = other.codec.network
+    bytes_B3HW = torch.randint(256, (size.rows, 3, size.pixels, size.pixels), dtype=torch.uint8)
+
+    def plain() -> Tensor:
+        x_B3HW = to_unit(bytes_B3HW, torch.float32)
+        posterior = network.encode(x_B3HW).latent_dist
+        error = nn.functional.l1_loss(network.decode(posterior.sample()).sample.float(), x_B3HW)
+        return error + config.beta * posterior.kl().mean()
+
+    positions = size.rows * size.pixels**2
+    return (
+        Contender("ImageModality", ours, positions, lambda: own_loss(ours, list(bytes_B3HW))),
+        Contender("AutoencoderKL", network, positions, plain),
+    )
+
+
+PAIRS: dict[str, Callable[[Size], Pair]] = {
+    "sd3": sd3,
+    "flux": flux,
+    "table": table,
+    "text": text,
+    "image_vae": image_vae,
+    "text_vae": text_vae,
+}
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def flops(contender: Contender, precision: str) -> dict[str, int]:
+    """FLOPs of a step, and those of its layers, without the two products of attention."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        contender.step(precision)
+    found = counter.get_flop_counts()["Global"]
+    attention = sum(found.get(product, 0) for product in ATTENTION)
+    return {"flops": sum(found.values()), "layer_flops": sum(found.values()) - attention}
+
+
+def take_turns(pair: Pair, precision: str, repeats: int) -> list[dict[str, list[float]]]:
+    """Seconds of every step of either, by wall clock and of the CPU, after one that warms up."""
+    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
+    taken: list[dict[str, list[float]]] = [{name: [] for name in clocks} for _ in pair]
+    for contender in pair:
+        contender.step(precision)
+    for _ in range(repeats):
+        for contender, times in zip(pair, taken, strict=True):
+            before = {name: clock() for name, clock in clocks.items()}
+            contender.step(precision)
+            for name, clock in clocks.items():
+                times[name].append(clock() - before[name])
+    return taken
+
+
+def measure(name: str, size: Size, precision: str, repeats: int) -> dict[str, Any]:
+    """All figures of one pair; ratios are ours by theirs."""
+    torch.manual_seed(0)
+    pair = PAIRS[name](size)
+    counted = [flops(contender, precision) for contender in pair]
+    taken = take_turns(pair, precision, repeats)
+    ours, theirs = (
+        {
+            "name": contender.name,
+            "parameters": sum(p.numel() for p in contender.module.parameters()),
+            "positions": contender.positions,
+            **work,
+            "seconds": min(times["wall"]),
+            "median_seconds": statistics.median(times["wall"]),
+            "cpu_seconds": min(times["cpu"]),
+        }
+        for contender, work, times in zip(pair, counted, taken, strict=True)
+    )
+    return {
+        "pair": name,
+        "dtype": precision,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "ours": ours,
+        "theirs": theirs,
+        "time_ratio": ours["seconds"] / theirs["seconds"],
+        "median_time_ratio": ours["median_seconds"] / theirs["median_seconds"],
+        "cpu_time_ratio": ours["cpu_seconds"] / theirs["cpu_seconds"],
+        "flop_ratio": ours["flops"] / theirs["flops"],
+        "layer_flops_per_position_ratio": (
+            ours["layer_flops"] * theirs["positions"] / theirs["layer_flops"] / ours["positions"]
+        ),
+    }
+
+
+HEADER = """\
+| pair | theirs | ours, GFLOP | theirs | FLOP ratio | ours, s | theirs | time ratio | of medians \
+| CPU time | load |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(row: Mapping[str, Any]) -> str:
+    sides = (row["ours"], row["theirs"])
+    work = [f"{side['flops'] / 1e9:.1f}" for side in sides]
+    seconds = [f"{side['seconds']:.3f}" for side in sides]
+    names = ("time_ratio", "median_time_ratio", "cpu_time_ratio")
+    ratios = [f"{row[name]:.2f}" for name in names]
+    cells = [row["pair"], row["theirs"]["name"], *work, f"{row['flop_ratio']:.2f}"]
+    return "| " + " | ".join([*cells, *seconds, *ratios, f"{row['load']:.1f}"]) + " |"
+
+
+def count(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, {number} was given")
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=count, default=5, help="steps of either one")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    if not args.json:
+        print(HEADER)
+    for name in args.only:
+        rows.append(measure(name, Size(), args.dtype, args.repeats))
+        if not args.json:
+            print(line(rows[-1]), flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
