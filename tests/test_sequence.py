@@ -8,7 +8,7 @@ import pytest
 import torch
 import toys
 
-from unified.layers import rotary_angles, rotate
+from unified.layers import rotary_turns, rotate
 from unified.randomness import generator
 from unified.sequence import Layout, Sample, Segment, grid_positions, pack, place
 
@@ -38,9 +38,15 @@ def test_every_resolution_starts_where_the_last_segment_ended():
 
 def test_text_rotates_as_in_one_dimension():
     x = torch.randn(6, 2, 8, dtype=torch.float64)
-    one = rotate(x, rotary_angles(torch.arange(6)[:, None], 6))
-    three = rotate(x, rotary_angles(grid_positions((6,), 0, 3), 6))
+    one = rotate(x, rotary_turns(torch.arange(6)[:, None], 6, 8))
+    three = rotate(x, rotary_turns(grid_positions((6,), 0, 3), 6, 8))
     assert torch.equal(one, three)
+    # pair j of position 2 turns by 2 theta^(-2j / 6); channels 6 and 7 stay
+    a, b = x[2, 0, 2], x[2, 0, 3]
+    angle = torch.tensor(2 * 10_000 ** (-2 / 6), dtype=torch.float64)
+    torch.testing.assert_close(one[2, 0, 2], a * angle.cos() - b * angle.sin())
+    torch.testing.assert_close(one[2, 0, 3], a * angle.sin() + b * angle.cos())
+    assert torch.equal(one[..., 6:], x[..., 6:])
 
 
 def test_packing_holds_each_sample_once_and_rows_stay_short():

@@ -34,10 +34,15 @@ TILE, TILED = 128, 256
 
 @dataclass(frozen=True)
 class Tile:
-    """Some queries of one row: the keys [K] that any of them sees, and who sees which [q, K]."""
+    """Some queries of one row: the keys that any of them sees, one run or an index [K], and who
+    sees which [q, K]."""
 
-    keys: Tensor
+    keys: slice | Tensor
     mask: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The keys' part [1, H, K, D] of all [1, H, S, D]."""
+        return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def see(
 
 def _tile(mask_qS: Tensor) -> Tile:
     keys = mask_qS.any(0).nonzero()[:, 0]
-    return Tile(keys, mask_qS[:, keys])
+    first, stop = (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 0)
+    run = slice(first, stop) if stop - first == len(keys) else keys
+    return Tile(run, mask_qS[:, run])
 
 
 def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor:
@@ -105,10 +112,8 @@ def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor
 def _by_tile(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> Tensor:
     """The attention of one row [1, H, Q, D], tile by tile."""
     parts = [
-        F.scaled_dot_product_attention(
-            part, k.index_select(2, t.keys), v.index_select(2, t.keys), attn_mask=t.mask
-        )
-        if len(t.keys)
+        F.scaled_dot_product_attention(part, t.of(k), t.of(v), attn_mask=t.mask)
+        if t.mask.numel()
         else torch.zeros_like(part)
         for part, t in zip(q.split(TILE, dim=2), tiles, strict=True)
     ]

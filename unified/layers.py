@@ -38,31 +38,27 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def rotary_angles(pos_A: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., 1, F] of positions [..., A]; F = rope_dim / 2.
+def rotary_turns(pos_A: Tensor, rope_dim: int, head_dim: int) -> Tensor:
+    """The turns ``exp(i angle)`` [..., 1, D/2], complex, of positions [..., A].
 
-    Frequency j is ``theta^(-2j / rope_dim)`` and belongs to axis ``j mod A``. Text has the same
-    integer on every axis, so for text this is exactly the one-dimensional embedding.
+    Frequency j of the first rope_dim / 2 is ``theta^(-2j / rope_dim)`` and belongs to axis
+    ``j mod A``; the rest turn by nothing. Text has the same integer on every axis, so for text this
+    is exactly the one-dimensional embedding.
     """
-    frequencies = rope_dim // 2
-    j = torch.arange(frequencies, device=pos_A.device)
+    j = torch.arange(rope_dim // 2, device=pos_A.device)
     pos_F = pos_A[..., j % pos_A.shape[-1]]
     precise = torch.float32 if pos_A.device.type == "mps" else torch.float64
     frequency = ROPE_THETA ** (-2 * j.to(precise) / rope_dim)
     angle_F = (pos_F.to(precise) * frequency)[..., None, :]
-    return angle_F.cos(), angle_F.sin()
+    angle_F = F.pad(angle_F, (0, (head_dim - rope_dim) // 2))
+    return torch.polar(torch.ones_like(angle_F), angle_F)
 
 
-def rotate(x_HD: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of the leading channels of each head, in interleaved pairs (2j, 2j+1).
-
-    The other channels pass through. `x_HD` is [..., H, D], the angles [..., 1, F] with 2F <= D.
-    """
-    cos, sin = (a.to(x_HD.dtype) for a in angles)
-    turned, rest = x_HD.split([2 * cos.shape[-1], x_HD.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    even, odd = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-    return torch.cat([turned, rest], dim=-1)
+def rotate(x_HD: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding [..., H, D] of float32 or float64 heads: channels (2j, 2j+1) are one complex
+    number, and are multiplied by the j-th turn."""
+    z_HF = torch.view_as_complex(x_HD.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(z_HF * turns.to(z_HF.dtype)).flatten(-2)
 
 
 class TimestepEmbedding(nn.Module):

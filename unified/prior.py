@@ -38,7 +38,7 @@ from unified.layers import (
     layer_norm,
     look_up,
     modulate,
-    rotary_angles,
+    rotary_turns,
     rotate,
     wide,
 )
@@ -69,7 +69,7 @@ class Context:
     t: Mapping[str, Tensor]
     index: Tensor
     c_TW: Tensor
-    angles: tuple[Tensor, Tensor]
+    turns: Tensor
     seen: Seen
     cache: KVCache | None
     commit: bool
@@ -122,7 +122,7 @@ class Block(nn.Module):
             gather_rows({m: p[i] for m, p in parts.items()}, context.where, context.shape)
             for i in range(3)
         )
-        q, k = rotate(q, context.angles), rotate(k, context.angles)
+        q, k = rotate(q, context.turns), rotate(k, context.turns)
         if context.cache is not None:
             k, v = context.cache.read(self.layer, k, v)
             if context.commit:
@@ -154,10 +154,10 @@ class Prior(nn.Module):
 
     def __init__(self, config: PriorConfig, channels: Mapping[str, int]):
         super().__init__()
-        if config.rope_dim % 2 or config.rope_dim > config.head_dim:
+        if config.rope_dim % 2 or config.head_dim % 2 or config.rope_dim > config.head_dim:
             raise ValueError(
-                f"prior.rope_dim must be even and at most head_dim {config.head_dim},"
-                f" found {config.rope_dim}"
+                "prior.rope_dim must be even and at most head_dim, which is even too; found"
+                f" rope_dim {config.rope_dim} and head_dim {config.head_dim}"
             )
         self.config, self.channels = config, dict(channels)
         #: keep only what goes into each block for the backward pass: less memory, more work
@@ -243,7 +243,7 @@ class Prior(nn.Module):
             t={m: index[batch.where[m]] for m in batch.latents},
             index=index,
             c_TW=F.silu(self.timestep(times_T)),
-            angles=rotary_angles(batch.pos_RLA, self.config.rope_dim),
+            turns=rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim),
             seen=see(batch.visibility, batch.coordinates, keys),
             cache=cache,
             commit=commit,
