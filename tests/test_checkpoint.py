@@ -259,6 +259,22 @@ def test_weights_of_another_model_are_refused(
     assert "model.safetensors" in str(caught.value)
 
 
+def test_an_earlier_failure_in_the_background_is_not_the_last_ones(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = checkpoint.seal
+
+    def sealing(partial: Path, path: Path, stage: str, progress: Mapping[str, Any]) -> None:
+        if progress["step"] == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        seal(partial, path, stage, progress)
+
+    monkeypatch.setattr(checkpoint, "seal", sealing)
+    settings = training_config(save_every=2, background_checkpoints=True)
+    assert train_stage(toy(tmp_path, None, settings), accelerator).step == 6
+    assert list(checkpoint.steps(tmp_path / "checkpoints", "toy")) == [2, 6]
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_sigterm_saves_and_stops(
     tmp_path: Path, accelerator: Accelerator, background: bool

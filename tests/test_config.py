@@ -62,8 +62,8 @@ def test_round_trip(base, tmp_path):
     [("3e-4", 3e-4), ("3E4", 3e4), ("1.5e3", 1.5e3), (".5e-1", 0.05), ("-2e0", -2.0), ("7", 7.0)],
 )
 def test_numbers_read_as_one_writes_them(base, text, value):
-    loaded = load_config(base, [f"stages.joint.optimizer.lr={text}", f"tasks.captioning.x={text}"])
-    assert loaded.stages[1].optimizer.lr == value
+    loaded = load_config(base, [f"stages.joint.loss.beta={text}", f"tasks.captioning.x={text}"])
+    assert loaded.stages[1].loss.beta == value
     assert loaded.tasks["captioning"].options["x"] == value
 
 

@@ -6,10 +6,12 @@ import gzip
 import io
 import json
 import logging
+import multiprocessing
 import pickle
 import tarfile
 import threading
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -176,7 +178,7 @@ def test_a_failed_fetch_leaves_nothing_behind(tmp_path):
     access = Access(str(tmp_path / "cache"), allow_pipes=True)
     with pytest.raises(ValueError, match=r"nowhere\.tar .*could not be fetched"):
         list(Source("s", f"pipe:cat {tmp_path}/nowhere.tar 2>/dev/null", access))
-    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def test_the_cache_keeps_to_its_size_and_fetches_again(tmp_path):
@@ -187,6 +189,25 @@ def test_the_cache_keeps_to_its_size_and_fetches_again(tmp_path):
     entries = [entry for url in urls for entry in source.shard(url)]
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
     assert [source.read(entry).key for entry in entries] == ["0", "1", "2"]
+
+
+def _reads(folder: str, urls: list[str], size: float, seed: int) -> int:
+    """Read examples at random from a cache that holds few of the shards."""
+    source = Source("s", urls, Access(folder, cache_gb=size, allow_pipes=True))
+    entries = [entry for url in urls for entry in source.shard(url)]
+    draw = generator(seed)
+    for _ in range(60):
+        entry = entries[int(torch.randint(len(entries), (), generator=draw))]
+        assert source.read(entry).key == entry.key
+    return len(entries)
+
+
+def test_processes_share_a_cache_that_is_too_small_for_all(tmp_path):
+    urls = [f"pipe:cat {write(tmp_path / f'{n}.tar', {str(n): {'txt': b'x'}})}" for n in range(6)]
+    size = 3.5 * (tmp_path / "0.tar").stat().st_size / 1e9
+    with ProcessPoolExecutor(3) as pool:
+        runs = [pool.submit(_reads, str(tmp_path / "cache"), urls, size, seed) for seed in range(3)]
+        assert [run.result() for run in runs] == [6, 6, 6]
 
 
 @pytest.mark.parametrize("prefix", ["file:", "file://"])
@@ -516,6 +537,20 @@ def test_workers_change_nothing_and_do_not_run_ahead_of_the_state(tmp_path, work
     resumed = mixture(feeds, **options, workers=workers)
     resumed.load_state_dict(ahead.state_dict())
     assert summary(resumed.batch(9)) == summary(inline.batch(9))
+    before = len(multiprocessing.active_children())
+    for m in (ahead, resumed):
+        m.close()
+    assert len(multiprocessing.active_children()) == before - 2 * workers
+
+
+def test_several_processes_allow_for_chance_in_what_each_meets(tmp_path):
+    """With 10% bad, a limit of 1% is passed on each of 8 processes, and one of 20% on none."""
+    s = source(tmp_path, "s", 2000, bad=200)
+    for process in range(8):
+        options: Any = {"batch_size": 8, "process": process, "processes": 8}
+        with pytest.raises(ValueError, match="too many bad examples"):
+            keys(mixture([feed(s)], **options, max_bad_share=0.01), 250)
+        keys(mixture([feed(s)], **options, max_bad_share=0.2), 250)
 
 
 # ---- prefetching -------------------------------------------------------------------------------

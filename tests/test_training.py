@@ -16,7 +16,7 @@ from torch import Tensor
 from toy_stage import ToyObjective, interval_stage, lines, stage_config, toy, training_config
 
 from unified.config import EMAConfig, IntervalConfig, OptimizerConfig
-from unified.training import checkpoint
+from unified.training import checkpoint, trend
 from unified.training.ema import EMA
 from unified.training.loop import DivergedError, Loop, Stage, train_stage
 from unified.training.metrics import tracker_names
@@ -221,6 +221,19 @@ def test_a_loss_that_grows_without_end_stops_the_run(
         stage.objective.forward = grows  # type: ignore[method-assign]
         return stage
 
-    with pytest.raises(DivergedError, match=r"grown from .* more than training.divergence 2 times"):
+    with pytest.raises(DivergedError, match=r"grown to .* more than training.divergence 2;"):
         train_stage(growing("watched", 2.0), accelerator)
     assert train_stage(growing("free", None), accelerator).step == 220
+
+
+def test_what_joins_late_or_rises_by_design_is_no_growth() -> None:
+    found: dict[str, dict[str, float]] = {}
+    for step in range(400):
+        late = {"critic": 5.0} if step > 200 else {}
+        losses = {"fit": 0.1, "kl": 1.0 + step, "entropy": -3.0, **late}
+        weights = {"fit": 1.0, "kl": 1e-6 * step, "entropy": 0.1, "critic": 1.0}
+        trend.follow(found, step, losses, weights)
+    assert trend.growth(found) == pytest.approx(0, abs=0.2)
+    for step in range(400, 600):
+        trend.follow(found, step, {"fit": 1.0, "kl": 1.0, "entropy": -3.0}, weights)
+    assert trend.growth(found) > 2

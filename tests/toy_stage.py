@@ -81,6 +81,9 @@ class ToyData:
 
     bad = 0
 
+    def close(self) -> None:
+        pass
+
     def __init__(self, batch_size: int = 8, seed: int = 0):
         self.batch_size, self.seed, self.position = batch_size, seed, 0
 

@@ -8,7 +8,7 @@ it is built (`unified.plugins`). Nothing here imports torch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -102,8 +102,8 @@ class FlowConfig(Part):
 class LossConfig(Part):
     """Weights of eq. 3.18. `beta` multiplies E[log q] here, and the KL in the autoencoder stage."""
 
-    vae: float = 1.0
-    fm: float = 1.0
+    vae: float = Field(1.0, ge=0)
+    fm: float = Field(1.0, ge=0)
     mask: float | None = None
     beta: float | None = None
     #: autoencoder stages: the KL comes in linearly over this many steps
@@ -111,9 +111,9 @@ class LossConfig(Part):
     #: autoencoder stages: name -> options of what else judges the reconstructions; the modality
     #: says which critics there are
     critics: dict[str, dict[str, Any]] = {}
-    ref: float = 0.0
+    ref: float = Field(0.0, ge=0)
     #: share of each modality in the flow loss
-    modality: dict[str, float] = {}
+    modality: dict[str, Annotated[float, Field(ge=0)]] = {}
 
 
 class AlignmentConfig(Part):
@@ -132,12 +132,12 @@ class AlignmentConfig(Part):
 
 
 class OptimizerConfig(Part):
-    lr: float = 1e-3
+    lr: float = Field(1e-3, gt=0)
     #: learning rate of the autoencoders in a joint stage, relative to `lr`; 0 freezes them
     vae_lr_ratio: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    warmup_steps: int = 100
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
     #: the cosine ends at this share of `lr`
     final_lr_ratio: float = Field(0.05, ge=0, le=1)
     clip_grad_norm: float = Field(1.0, gt=0)
@@ -213,7 +213,7 @@ class StageConfig(Part):
 class EMAConfig(Part):
     decay: float = Field(0.999, ge=0, lt=1)
     #: the decay rises as (1 + step) / (warmup + step) until it reaches `decay`
-    warmup: int = 10
+    warmup: int = Field(10, ge=0)
 
 
 class TrainingConfig(Part):
@@ -228,7 +228,7 @@ class TrainingConfig(Part):
     ema: EMAConfig | None = EMAConfig()
     trackers: list[str] = ["tensorboard"]
     #: steps between samples of every task in the run folder; null writes none
-    sample_every: int | None = None
+    sample_every: int | None = Field(None, gt=0)
     #: several processes: each holds the whole model (none), or a part of it; hybrid cuts it within
     #: groups of `shard_size` processes (null: those of one machine)
     sharding: Literal["none", "full", "hybrid"] = "none"
@@ -241,6 +241,15 @@ class TrainingConfig(Part):
     background_checkpoints: bool = False
     #: stop when the running mean of the loss is this many times what it was at first; null never
     divergence: float | None = Field(3.0, gt=1)
+
+    @model_validator(mode="after")
+    def _groups(self) -> TrainingConfig:
+        if self.shard_size is not None and self.sharding != "hybrid":
+            raise ValueError(
+                f"shard_size is {self.shard_size}, but sharding is {self.sharding}: only hybrid"
+                " sharding has groups"
+            )
+        return self
 
 
 class GenerationConfig(Part):

@@ -72,10 +72,8 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
     for name, task in tasks.items():
         for segment in task.layout.segments:
             _known(segment.modality, config.modalities, f"task {name}", "modality")
-        for source, share in task.config.sources.items():
-            _known(source, config.data.sources, f"task {name}", "data source")
-            if not share >= 0:
-                raise ValueError(f"task {name}: the weight of source {source} should be 0 or more")
+        for drawn in task.config.sources:
+            _known(drawn, config.data.sources, f"task {name}", "data source")
         if task.config.ratio < 0:
             raise ValueError(f"task {name} has ratio {task.config.ratio}; it should be 0 or more")
     for modality in config.flow.timesteps:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from unified.modality import Modality, PluginConfig
@@ -22,7 +23,7 @@ class TaskConfig(PluginConfig):
     #: relative frequency of this task among the examples of a joint stage
     ratio: float = 1.0
     #: the data source its examples come from, or several with their weights
-    source: str | dict[str, float]
+    source: str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
     #: share of noisy images and noisy text blocks relabelled U in training, for guidance
     unconditional_rate: float = 0.1
 
@@ -31,7 +32,7 @@ class TaskConfig(PluginConfig):
         """Source -> its share of this task's examples."""
         named = {self.source: 1.0} if isinstance(self.source, str) else self.source
         total = sum(named.values())
-        return {name: weight / total for name, weight in named.items()} if total else named
+        return {name: weight / total for name, weight in named.items()}
 
 
 class Task(ABC):

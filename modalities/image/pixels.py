@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 #: container formats that are tried; others (EPS runs an interpreter) are refused
@@ -35,6 +35,8 @@ def read_image(data: bytes, max_source_pixels: int) -> Image.Image:
         raise ValueError("an image file of 0 bytes was found: a WebP, PNG, JPEG or GIF is needed")
     try:
         source = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(data)} bytes are no WebP, PNG, JPEG or GIF image") from None
     except Exception as error:  # decoders raise nearly anything on hostile bytes
         raise ValueError(
             f"{len(data)} bytes are no readable WebP, PNG, JPEG or GIF image: {error}"

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -74,6 +75,7 @@ class Bad:
 
     feed: Feed
     max_share: float
+    processes: int = 1
     epoch: int = 0
     count: int = 0
     reasons: list[str] = field(default_factory=list)
@@ -87,8 +89,13 @@ class Bad:
         if self.count == 1:
             log.warning("replacing a bad example, the first of this epoch: %s", reason)
         self.reasons = [*self.reasons, reason][:REASONS]
-        if self.count > self.max_share * total or self.count == total:
+        if self.count > self._most(total) or self.count == total:
             raise self.too_many(f"{self.count} of {total}")
+
+    def _most(self, total: int) -> float:
+        """How many this process may meet: of several, its share and three standard deviations."""
+        share = self.max_share * total / self.processes
+        return share if self.processes == 1 else share + 3 * math.sqrt(share) + 1
 
     def too_many(self, how_many: str) -> ValueError:
         return ValueError(
@@ -164,11 +171,11 @@ class Mixture:
         self._shares = _cumulative_shares({f.label: f.ratio for f in feeds})
         self._names = names
         self._orders = [Order(f.source, f.label, seed, shuffle_buffer) for f in feeds]
-        self._bad = [Bad(feed, max_bad_share) for feed in feeds]
+        self._bad = [Bad(feed, max_bad_share, processes) for feed in feeds]
         self._prepare = Preparer(feeds, seed, stage)
         self._batch_size, self._seed, self._stage = batch_size, seed, stage
         self._process, self._processes, self._workers = process, processes, workers
-        self._batches: Iterator[list[Prepared]] | None = None
+        self._batches: Generator[list[Prepared]] | None = None
         self._state: dict[str, Any] | None = None
         #: bad examples that this process has met since it started
         self.bad = 0
@@ -198,12 +205,19 @@ class Mixture:
         for name, order, bad in zip(self._names, self._orders, self._bad, strict=True):
             order.load_state_dict(state[name])
             bad.epoch, bad.count, bad.reasons = state[name]["epoch"], state[name]["bad"], []
-        self._batches = self._state = None
+        self.close()
+        self._state = None
+
+    def close(self) -> None:
+        """End the workers, if there are any."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def _places(self) -> dict[str, Any]:
         return {n: o.state_dict() for n, o in zip(self._names, self._orders, strict=True)}
 
-    def _ahead(self, first: int) -> Iterator[list[Prepared]]:
+    def _ahead(self, first: int) -> Generator[list[Prepared]]:
         """The batches from step `first` on; workers read ahead, and the state does not."""
         waiting: deque[Drawn] = deque()
 
@@ -243,6 +257,7 @@ class Mixture:
                 batch_sampler=batches,
                 num_workers=self._workers,
                 collate_fn=list,
+                worker_init_fn=_leave_the_group,
             )
         )
 
@@ -261,6 +276,13 @@ class Mixture:
             if isinstance(other, Prepared):
                 return other
         raise bad.too_many(f"{ATTEMPTS} of {ATTEMPTS} drawn at random in one window")
+
+
+def _leave_the_group(worker: int) -> None:
+    """A signal to stop is for the run, which ends its workers itself once it has saved."""
+    del worker
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 def _cumulative_shares(ratios: Mapping[str, float]) -> torch.Tensor:

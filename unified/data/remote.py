@@ -18,6 +18,8 @@ from pathlib import Path
 
 EMBEDDED = "embedded:"
 GIGABYTE = 10**9
+#: how often a copy that others drop at once is fetched again
+ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,24 @@ class Access:
             return local
         self.check(url)
         target = self.cached(url)
-        if not target.is_file():
-            self._fetch(url, target)
-            self._trim(keep=target)
-        os.utime(target)
-        return target
+        for _ in range(ATTEMPTS):
+            if not target.is_file():
+                self._fetch(url, target)
+                self._trim(keep=target)
+            if self.touch(target):
+                return target
+        raise ValueError(
+            f"shard {url} was dropped from {self.cache_dir} as often as it was fetched:"
+            f" data.cache_gb {self.cache_gb} is too small for what is read at once"
+        )
+
+    def touch(self, path: Path) -> bool:
+        """Mark a copy as used now; False if it is gone."""
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def cached(self, url: str) -> Path:
         """Where the copy of a remote shard lies."""
@@ -86,16 +101,18 @@ class Access:
 
     def _trim(self, keep: Path) -> None:
         """Drop the copies used longest ago until the rest is within `cache_gb`."""
+        from filelock import FileLock
+
         if self.cache_gb is None:
             return
-        copies = [p for p in keep.parent.glob("[0-9a-f]*-*") if p.suffix != ".lock"]
-        used = sum(p.stat().st_size for p in copies)
-        for path in sorted(copies, key=lambda p: p.stat().st_mtime):
-            if used <= self.cache_gb * GIGABYTE:
-                return
-            if path != keep:
-                used -= path.stat().st_size
-                path.unlink(missing_ok=True)
+        with FileLock(keep.parent / ".trim.lock"):
+            names = [p for p in keep.parent.glob("[0-9a-f]*-*") if p.suffix != ".lock"]
+            copies = {p: p.stat() for p in names if p.is_file()}
+            used = sum(stat.st_size for stat in copies.values())
+            for path, stat in sorted(copies.items(), key=lambda copy: copy[1].st_mtime_ns):
+                if used > self.cache_gb * GIGABYTE and path != keep:
+                    used -= stat.st_size
+                    path.unlink(missing_ok=True)
 
 
 def fetched() -> list[str]:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from unified.config import DataConfig, SourceConfig
-from unified.data.remote import Access, local_path
+from unified.data.remote import ATTEMPTS, Access, local_path
 from unified.data.shards import Entry, RawExample, check_shard, expand, index_shard
 
 #: shards whose index is kept for the next one who asks
@@ -54,11 +54,19 @@ class Source:
 
     def read(self, entry: Entry) -> RawExample:
         """The bytes of an example; a copy that was dropped meanwhile is fetched again."""
-        try:
-            return entry.read()
-        except FileNotFoundError:
-            self.access.path(entry.shard)
-            return entry.read()
+        if self.access.cache_gb is not None and local_path(entry.shard) is None:
+            self.access.touch(entry.path)
+        for _ in range(ATTEMPTS):
+            try:
+                return entry.read()
+            except FileNotFoundError:
+                self.access.path(entry.shard)
+        return entry.read()
+
+    @property
+    def first(self) -> Entry:
+        """The first example."""
+        return self.shard(self.urls[0])[0]
 
     def __iter__(self) -> Iterator[RawExample]:
         """All examples, in the order of the shards."""

@@ -129,7 +129,7 @@ class TaskStream:
     def _stored(self, example: Example, lead: int) -> dict[str, Posterior]:
         """The posteriors that the example brings along."""
         with example.naming():
-            found = from_bytes(example.raw.members[LATENTS], self._encoders)
+            found = from_bytes(example.raw.members[LATENTS], self.encoders)
             names = {k: phased(k, lead if k == self.continues else 0) for k in self.kinds}
             missing = [name for name in names.values() if name not in found]
             if missing:
@@ -143,7 +143,8 @@ class TaskStream:
         return stored
 
     @cached_property
-    def _encoders(self) -> dict[str, str]:
+    def encoders(self) -> dict[str, str]:
+        """Modality -> fingerprint of its autoencoder as it is when this is first asked for."""
         return {m: fingerprint(self.modalities[m]) for m in set(self.kinds.values())}
 
     def _lengths(self, observations: Mapping[str, Observed]) -> dict[str, int]:

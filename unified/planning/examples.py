@@ -79,7 +79,8 @@ def _fitted(task: Task, grids: Grids, free: set[str], row_length: int, name: str
             )
             raise ValueError(
                 f"an example of {name} has {positions(task, grids)} latents ({parts}) and a row"
-                f" holds {row_length}: choose shorter texts or smaller images, or raise row_length"
+                f" holds {row_length}: choose shorter texts (a task's own limit goes before"
+                " --text-tokens) or smaller images, or raise row_length"
             )
         grids[longest] = (grids[longest][0] - step,)
     return grids

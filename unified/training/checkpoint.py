@@ -45,17 +45,15 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 @dataclass
 class Progress:
     """How far a stage has come. `data` is the data's state after `step` steps (its own is ahead, as
-    it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far; `first_loss` and
-    `mean_loss` are the running mean of the loss when it began and now; `bad` and `truncated` count
-    examples."""
+    it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far; `trend` is
+    what `unified.training.trend` keeps; `bad` and `truncated` count examples."""
 
     step: int = 0
     seconds: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_loss: float | None = None
-    first_loss: float | None = None
-    mean_loss: float | None = None
+    trend: dict[str, dict[str, float]] = field(default_factory=dict)
     bad: int = 0
     truncated: int = 0
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from unified.config import StageConfig
+from unified.config import Config, StageConfig
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
 from unified.training.folder import RunFolder
@@ -32,11 +32,10 @@ def exported(
             f"{path} is not a whole checkpoint; it should be RUN/checkpoints/STAGE-STEP"
         )
     folder = RunFolder(path.absolute().parents[1])
-    stages = {stage.name: stage for stage in folder.stored_config().stages}
-    names = list(stages)
-    before = names[: names.index(state["stage"])]
-    origin = folder.stages / before[-1] if before else folder.initial
-    pipeline = UnifiedPipeline.from_pretrained(origin, trust_remote_code)
+    config = folder.stored_config()
+    stages = {stage.name: stage for stage in config.stages}
+    start = origin(folder, config, state["stage"])
+    pipeline = UnifiedPipeline.from_pretrained(start, trust_remote_code)
     tensors = checkpoint.read(path, "model")
     averages = checkpoint.read(path, "ema") if weights == "ema" else {}
     found = tensors | averages
@@ -45,6 +44,13 @@ def exported(
         assign(named_tensors(module), own, path)
     pipeline.weights = "ema" if averages else "raw"
     return pipeline
+
+
+def origin(folder: RunFolder, config: Config, stage: str) -> Path:
+    """Where the pipeline lies that `stage` begins with."""
+    names = [s.name for s in config.stages]
+    before = names[: names.index(stage)]
+    return folder.stages / before[-1] if before else folder.initial
 
 
 def parts(stage: StageConfig, pipeline: UnifiedPipeline) -> dict[str, nn.Module]:

@@ -35,7 +35,7 @@ from unified.config import StageConfig, TrainingConfig
 from unified.data.prefetch import prefetch
 from unified.errors import StoppedError
 from unified.randomness import derive
-from unified.training import checkpoint
+from unified.training import checkpoint, trend
 from unified.training.ema import EMA
 from unified.training.folder import RunFolder
 from unified.training.metrics import Metrics, memory_gb, say
@@ -64,10 +64,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-#: weight of a step in the running mean of the loss, and the steps before it is looked at
-SMOOTHING, SETTLED = 0.02, 100
-
-
 class DivergedError(ValueError):
     """A loss or gradient stopped being a finite number, or the loss grew without end."""
 
@@ -89,6 +85,8 @@ class Batches(Protocol):
     bad: int
 
     def batch(self, step: int) -> Sequence[Slotted]: ...
+
+    def close(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -241,6 +239,7 @@ def train_stage(stage: Stage, accelerator: Accelerator) -> checkpoint.Progress:
     finally:
         loop.saver.wait()
         loop.metrics.close()
+        stage.data.close()
         accelerator.free_memory()
     return loop.trained.progress
 
@@ -378,7 +377,7 @@ class Loop:
         losses = averages(self._backward(work.plans, weights, counts), counts)
         loss = total(losses, weights)
         self._check({**losses, "loss": loss})
-        self._check_growth(loss)
+        self._check_growth(losses, weights)
         norm = clip(self.learners, settings.clip_grad_norm)
         self._check({"grad_norm": norm})
         lr = learning_rate(step, stage.config.steps, settings)
@@ -432,17 +431,15 @@ class Loop:
             if not math.isfinite(value):
                 raise self._diverged(f"{name} is {value}")
 
-    def _check_growth(self, loss: float) -> None:
-        """DivergedError once the running mean of the loss is many times what it was at first."""
+    def _check_growth(self, losses: Mapping[str, float], weights: Mapping[str, float]) -> None:
+        """DivergedError once the loss has grown to many times what it was at first."""
         progress, most = self.trained.progress, self.stage.training.divergence
-        before = loss if progress.mean_loss is None else progress.mean_loss
-        progress.mean_loss = before + SMOOTHING * (loss - before)
-        if progress.step < SETTLED or progress.first_loss is None:
-            progress.first_loss = progress.mean_loss
-        elif most is not None and progress.mean_loss > most * abs(progress.first_loss):
+        trend.follow(progress.trend, progress.step, losses, weights)
+        grown = trend.growth(progress.trend)
+        if most is not None and grown > most - 1:
             raise self._diverged(
-                f"the running mean of the loss has grown from {progress.first_loss:.4g} to"
-                f" {progress.mean_loss:.4g}, more than training.divergence {most:g} times"
+                f"the running mean of the loss has grown to {grown + 1:.3g} times what it was, more"
+                f" than training.divergence {most:g}"
             )
 
     def _diverged(self, what: str) -> DivergedError:
@@ -498,7 +495,8 @@ class Loop:
     def _save(self) -> None:
         """A checkpoint. The last one of a stage has to be written."""
         written = self.saver.save(self.trained)
-        if self.trained.progress.step == self.stage.steps and not (written and self.saver.wait()):
+        last = self.trained.progress.step == self.stage.steps
+        if last and not (written and self.saver.wait()):
             raise ValueError(
                 f"stage {self.stage.config.name} took all its steps, but its last checkpoint could"
                 f" not be written to {self.stage.folder.checkpoints}; make room there and run the"

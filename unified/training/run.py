@@ -19,12 +19,12 @@ from unified.pipeline import UnifiedPipeline, write_json
 from unified.plugins import validate_plugins
 from unified.randomness import derive
 from unified.training import checkpoint
-from unified.training.export import exported
+from unified.training.export import exported, origin
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
 from unified.training.loop import Stage, planned_steps, train_stage
 from unified.training.metrics import say, tracker_names
-from unified.training.parallel import distributed_settings
+from unified.training.parallel import distributed_settings, from_main
 from unified.training.precision import current_device, resolve
 from unified.training.stages import Materials, Sources
 
@@ -142,12 +142,8 @@ def reached(config: Config, folder: RunFolder) -> int:
     """Steps that the run has behind it, over all stages."""
     first = next_stage(config, folder)
     done = [folder.finished[stage.name] for stage in config.stages[:first]]
-    current = [
-        s
-        for stage in config.stages[first : first + 1]
-        for s in checkpoint.steps(folder.checkpoints, stage.name)
-    ]
-    return sum(done) + max(current, default=0)
+    current = [sound(folder, stage.name) for stage in config.stages[first : first + 1]]
+    return sum(done) + sum(current)
 
 
 def starting_point(
@@ -188,6 +184,7 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     """Train one stage and leave the pipeline in ``stages/``."""
     config, stage, pipeline = materials.config, materials.stage, materials.pipeline
     materials.fit_statistics(without_statistics(materials, folder))
+    materials.see_stored()
     objective = materials.objective().to(accelerator.device)
     progress = train_stage(
         Stage(
@@ -209,11 +206,29 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
     pipeline.weights = "ema" if config.training.ema else "raw"
     if accelerator.is_main_process:
         if config.training.sharding != "none":
-            pipeline = exported(folder.checkpoints / f"{stage.name}-{progress.step}")
-            pipeline.config = config
+            pipeline = whole(materials, folder, progress.step)
         pipeline.save_pretrained(folder.stages / stage.name)
         folder.finish(stage.name, progress.step)
     accelerator.wait_for_everyone()
+
+
+def whole(materials: Materials, folder: RunFolder, step: int) -> UnifiedPipeline:
+    """The pipeline after `step` steps of a sharded stage, from its checkpoint."""
+    name, trust = materials.stage.name, materials.trust_remote_code
+    if step:
+        pipeline = exported(folder.checkpoints / f"{name}-{step}", trust_remote_code=trust)
+    else:
+        pipeline = UnifiedPipeline.from_pretrained(origin(folder, materials.config, name), trust)
+    pipeline.config = materials.config
+    return pipeline
+
+
+def sound(folder: RunFolder, stage: str) -> int:
+    """Steps of the checkpoint that `stage` will continue from, the same on every process; 0 where
+    there is none."""
+    main = os.environ.get("RANK", "0") == "0"
+    path = checkpoint.newest_sound(folder.checkpoints, stage)[0] if main else None
+    return int(from_main(path.name.rpartition("-")[2] if path else 0))
 
 
 def without_statistics(materials: Materials, folder: RunFolder | None = None) -> set[str]:
@@ -222,7 +237,7 @@ def without_statistics(materials: Materials, folder: RunFolder | None = None) ->
     statistics it was trained with, so theirs are kept."""
     config, stage = materials.config, materials.stage
     joint = [s.name for s in config.stages if s.objective == "joint"]
-    begun = folder is not None and checkpoint.newest(folder.checkpoints, stage.name) is not None
+    begun = folder is not None and sound(folder, stage.name) > 0
     if stage.name != next(iter(joint), None) or begun:
         return set()
     kept = {m for m in config.modalities if "prior" in config.init and f"{m}_vae" in config.init}

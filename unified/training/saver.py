@@ -44,9 +44,9 @@ class Saver:
         return ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, trained: checkpoint.Trained) -> bool:
-        """Write ``STAGE-STEP``; whether the one due before this was written, where in the
-        background, else whether this one was."""
-        before = self.wait()
+        """Write ``STAGE-STEP``; whether it was written, which in the background only `wait` knows
+        (and this is True)."""
+        self.wait()
         step, stage = trained.progress.step, trained.stage
         partial = self.folder / f".{stage}-{step}.partial"
         if self.is_main:
@@ -62,7 +62,7 @@ class Saver:
                 no_dist=not dist.is_initialized(),
             )
             self._pending = step, self._thread.submit(lambda: seal(written.result()))
-            return before
+            return True
         return self._report(step, lambda: seal(checkpoint.write(partial, trained.tensors())))
 
     def wait(self) -> bool:

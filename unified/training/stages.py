@@ -19,6 +19,7 @@ from torch import Tensor
 from unified.config import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
+from unified.data.latents import LATENTS
 from unified.data.mixture import Feed, Mixture
 from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
@@ -97,6 +98,14 @@ class Materials:
         self.config, self.stage, self.pipeline, self.sources = config, stage, pipeline, sources
         self.trust_remote_code = trust_remote_code
 
+    def see_stored(self) -> None:
+        """Take the autoencoders' fingerprints, if latents are stored, while they are whole and in
+        this process."""
+        for _, stream, source, _ in self.streams:
+            first = self.sources(source).first
+            if isinstance(stream, TaskStream) and LATENTS in first.members:
+                _ = stream.encoders
+
     def objective(self) -> Objective:
         make = OBJECTIVES[self.stage.objective]
         return make(self.config, self.stage, self.pipeline, self.trust_remote_code)
@@ -120,7 +129,12 @@ class Materials:
         return found
 
     def mixture(
-        self, batch_size: int, purpose: str, process: int = 0, processes: int = 1
+        self,
+        batch_size: int,
+        purpose: str,
+        process: int = 0,
+        processes: int = 1,
+        workers: int | None = None,
     ) -> Mixture:
         """The training data of one of several processes, in an order that depends on `purpose`."""
         data = self.config.data
@@ -133,7 +147,7 @@ class Materials:
             shuffle_buffer=data.shuffle_buffer,
             process=process,
             processes=processes,
-            workers=data.workers,
+            workers=data.workers if workers is None else workers,
         )
 
     @cached_property
@@ -198,7 +212,8 @@ class Materials:
             return
         observations: dict[str, list[Tensor]] = {}
         kept: set[str] = set()
-        for example in self.mixture(STATISTICS_EXAMPLES, "statistics").batch(0):
+        drawn = self.mixture(STATISTICS_EXAMPLES, "statistics", workers=0).batch(0)
+        for example in drawn:
             layout = self.pipeline.tasks[example.stream].layout
             for kind, observation in example.observations.items():
                 if isinstance(observation, Tensor):
