@@ -18,6 +18,7 @@ import yaml
 
 from unified.config import Config
 from unified.configuring import load_config
+from unified.errors import StoppedError
 
 LEARNING = {"lr": 1e-2, "warmup_steps": 2, "vae_lr_ratio": 0.5}
 STAGES = [
@@ -61,6 +62,8 @@ def launch(folder: Path, processes: int, *overrides: str) -> subprocess.Complete
 
 
 def main(folder: str, *overrides: str) -> None:
+    import torch.distributed as dist
+
     from unified.training import loop
     from unified.training.run import train
 
@@ -68,11 +71,15 @@ def main(folder: str, *overrides: str) -> None:
 
     def telling(model: Any, *args: Any) -> Any:
         distributed = distribute(model, *args)
-        tell(model)
+        if dist.is_initialized():
+            tell(model)
         return distributed
 
     loop.distribute = telling  # type: ignore[attr-defined]
-    train(config(Path(folder), *overrides))
+    try:
+        train(config(Path(folder), *overrides))
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
 
 
 def tell(model: Any) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +134,46 @@ def test_a_checkpoint_becomes_a_pipeline(tmp_path: Path) -> None:
     assert not all(raw[n].equal(t) for n, t in final.items())
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         exported(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_saves_though_workers_are_in_it(tmp_path: Path) -> None:
+    run, steps = tmp_path / "run", "stages.joint.steps=100000"
+    many = [steps, "data.workers=2", "training.save_every=100000", "training.sample_every=null"]
+    quiet = ["training.validate_every=100000"]
+    processes.config(run)
+    command = [sys.executable, processes.__file__, str(run), *many, *quiet]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and '"joint"' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert "as asked by SIGTERM; the same command continues" in said
+    assert checkpoint.newest(run / "checkpoints", "joint") is not None
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_capped_at_no_step_still_ends(tmp_path: Path) -> None:
+    done = processes.launch(tmp_path / "run", 2, SHARDED, "training.max_steps=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights(tmp_path / "run")
+
+
+def test_a_first_checkpoint_that_is_damaged_starts_the_stage_anew(tmp_path: Path) -> None:
+    """Its statistics are fitted again: nothing of the damaged one is used."""
+    train(processes.config(tmp_path / "alone"))
+    train(processes.config(tmp_path / "run", "training.max_steps=3"))
+    folder = tmp_path / "run"
+    (path,) = (folder / "checkpoints").glob("joint-*")
+    (shard,) = path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-64] + bytes(64))
+    finished = json.loads((folder / "stages" / "finished.json").read_text())
+    del finished["joint"]
+    (folder / "stages" / "finished.json").write_text(json.dumps(finished))
+    shutil.rmtree(folder / "stages" / "joint")
+    shutil.rmtree(folder / "final")
+    train(processes.config(folder))
+    assert losses(folder) == losses(tmp_path / "alone")
+    assert all(weights(folder)[n].equal(t) for n, t in weights(tmp_path / "alone").items())
