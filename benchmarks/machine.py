@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified.prior import Prior, Stream
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: side of the matrices whose product is the machine's limit, and the shortest burst of products
 SIDE, BURST = 1024, 0.05
@@ -111,11 +113,15 @@ def memory_columns(before: int) -> dict[str, float]:
 # ---- compiling ----------------------------------------------------------------------------------
 
 
-def compile_blocks(blocks: Sequence[torch.nn.Module]) -> None:
-    """Compile each block by itself. They share code, and each is compiled for its own number."""
-    torch._dynamo.config.recompile_limit = 16 * len(blocks)
-    for block in blocks:
-        block.compile()
+def compile_blocks(prior: Prior) -> None:
+    """Compile what each block does before attention, and what it does after.
+
+    Attention between them reads the cache, whose state would make a graph of its own for each layer
+    and length. The halves are the same for all layers, and compile once.
+    """
+    for stream in (module for module in prior.modules() if isinstance(module, Stream)):
+        for half in ("qkv", "finish"):
+            setattr(stream, half, torch.compile(getattr(stream, half)))
 
 
 # ---- the command line ---------------------------------------------------------------------------

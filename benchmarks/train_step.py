@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     pipeline = reference.build(args.size)
     pipeline.prior.recompute = args.recompute
     if args.compile:
-        machine.compile_blocks(list(pipeline.prior.blocks))
+        machine.compile_blocks(pipeline.prior)
     with machine.autocast(args.dtype):
         step, flops = text_step(pipeline, args.batch, args.seqlen, args.accumulate)
         first = machine.seconds(step)
