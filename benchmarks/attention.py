@@ -1,4 +1,4 @@
-"""Milliseconds of attention alone, by backend and row length, as a share of what the machine can do.
+"""Milliseconds of attention alone, by backend and row length, as a share of matmul speed.
 
     python benchmarks/attention.py                        # a table; --json for JSON
     python benchmarks/attention.py --dtype bf16 --lengths 256 1024 --threads 2

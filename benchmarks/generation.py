@@ -34,7 +34,9 @@ from unified.pipeline import UnifiedPipeline
 class Generation:
     """One setting of generation, ready to run."""
 
-    def __init__(self, pipeline: UnifiedPipeline, batch: int, prompt: int, new: int, **settings: Any):
+    def __init__(
+        self, pipeline: UnifiedPipeline, batch: int, prompt: int, new: int, **settings: Any
+    ):
         self.pipeline, self.new = pipeline, new
         self.settings = GenerationConfig(**(reference.GENERATION | settings))
         self.prompts_BP = reference.random_ids(pipeline.config, (batch, prompt))

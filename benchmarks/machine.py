@@ -179,7 +179,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown; a row may lack what another has."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cell(r.get(n)) for n in names) + " |" for r in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(cell(r.get(n)) for n in names) + " |" for r in rows]
+    )
 
 
 def cell(value: object) -> str:
