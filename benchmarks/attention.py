@@ -8,7 +8,7 @@ each length has as many rows as make `--positions` positions.
 
 * ``sdpa``: one call over [clean | noisy] under the dense mask of `unified.attention.see`
 * ``flex``: FlexAttention, compiled; on the CPU it has no backward pass
-* ``halves``: two SDPA calls, clean on clean and noisy on both, which leave out a quarter
+* ``halves``: two SDPA calls, clean on clean and noisy on both: a quarter of the pairs less
 
 `share` counts FLOPs of visible pairs only (a dense kernel computes the others nonetheless), and
 three times as many with the backward pass.
@@ -111,10 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--lengths", nargs="+", type=int, default=[128, 256, 512, 1024, 2048])
     options.add_argument("--positions", type=int, default=4096, help="of all rows together")
     args = machine.parse(options, arguments)
-    limit = machine.Limit(args.dtype, args.matmul_seconds)
-    limit.look()
-    rows = [measure(b, length, args, limit) for length in args.lengths for b in args.backends]
-    limit.look()
+    limit, rows = machine.Limit(args.dtype, args.matmul_seconds), []
+    for length in args.lengths:
+        limit.look()
+        rows += [measure(backend, length, args, limit) for backend in args.backends]
     machine.show(rows, args)
 
 

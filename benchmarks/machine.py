@@ -3,8 +3,8 @@
     python benchmarks/machine.py --dtype bf16     # the machine's matmul GFLOP/s; --json for JSON
 
 A time alone says little: neighbours of a shared machine move it by up to ten times. So each
-benchmark measures matmuls of 1024 in its own process, before and after, and gives its speed as a
-*share* of theirs: (model FLOP/s) / (matmul FLOP/s) at one precision and number of threads.
+benchmark measures matmuls of 1024 in its own process, around what it times, and gives its speed as
+a *share* of theirs: (model FLOP/s) / (matmul FLOP/s) at one precision and number of threads.
 """
 
 from __future__ import annotations

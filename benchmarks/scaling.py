@@ -112,7 +112,8 @@ def timed(run: Callable[[], object], args: argparse.Namespace) -> float:
 
 
 def measure(part: str, args: argparse.Namespace, limit: machine.Limit) -> list[dict[str, Any]]:
-    """The rows of one part."""
+    """The rows of one part; the machine is looked at anew for each."""
+    limit.look()
     rows: list[dict[str, Any]] = []
     for x in POINTS[args.size][part]:
         took, flops = PARTS[part](x, args)
@@ -129,7 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     args = machine.parse(options, arguments)
     limit = machine.Limit(args.dtype, args.matmul_seconds)
-    limit.look()
     rows = [row for part in args.only for row in measure(part, args, limit)]
     machine.show(rows, args)
 
