@@ -19,10 +19,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from machine import forget_peak, resident
 
 from unified.config import Config, EMAConfig
 from unified.data.streams import Prepared
@@ -114,8 +114,7 @@ def warm_up() -> None:
 
 def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     """Peak of resident memory, in bytes, over two optimizer steps, above the beginning's."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = forget_peak()
     modalities = {n: cls.build(o, None) for n, (cls, o) in modality_plugins(config).items()}
     prior = Prior(config.prior, {n: m.channels for n, m in modalities.items()})
     layouts = {n: t.layout for n, t in build_tasks(config).items()}
@@ -138,14 +137,6 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
     return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {field}")
 
 
 def in_processes(sizes: list[str], options: list[str]) -> list[dict[str, Any]]:

@@ -11,7 +11,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
-    """The script ``benchmarks/NAME.py``, not run."""
+    """The script ``benchmarks/NAME.py``, not run; it may import its sisters."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
     spec = spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
