@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from unified.cache import KVCache
-from unified.guidance import GuidedVelocity
+from unified.guidance import GuidedVelocity, timesteps
 from unified.modality import Latent
 from unified.prior import Prior
 from unified.randomness import generator
@@ -120,6 +120,8 @@ class _Session:
     @torch.no_grad()
     def blocks(self, sampler: Sampler, stop: Stop | None) -> Iterator[dict[int, Tensor]]:
         """Prefill, then denoise and commit until every request is finished."""
+        like = torch.zeros((), device=self.owner.device, dtype=self.owner.dtype)
+        self.times = timesteps(self.owner.prior, sampler, like)
         self._prefill()
         while self.active:
             self._denoise(sampler)
@@ -142,7 +144,7 @@ class _Session:
             values.append({k: v.values for k, v in given.items()})
         clean = Layout(tuple(s for s in self.layout.segments if s.noise == "clean"), {})
         if any(values):
-            self.owner.prior.commit(self._batch(samples, clean, values), self.cache)
+            self.owner.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
 
     def _denoise(self, sampler: Sampler) -> None:
         """Integrate the next block of every active request, and append it."""
@@ -185,7 +187,9 @@ class _Session:
         both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
         lengths = [len(s.noise) for s in starts]
         prior = self.owner.prior
-        return GuidedVelocity(prior, (plain, both), cache, lengths, known, m, self.noisy, sampler)
+        return GuidedVelocity(
+            prior, (plain, both), cache, lengths, known, m, self.noisy, sampler, self.times
+        )
 
     def _repaint(
         self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
@@ -230,7 +234,7 @@ class _Session:
         samples = [s.sample(self.task, self.target.kind) for s in starts]
         values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
         clean = Layout((replace(self.target, noise="clean"),), {})
-        self.owner.prior.commit(self._batch(samples, clean, values), self.cache)
+        self.owner.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
         for i in self.active:
             self.committed[i] = len(self.latents[i])
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unified.cache import KVCache
 from unified.flow import round_timesteps
-from unified.prior import Prior
+from unified.prior import Prior, Timesteps
 from unified.sampler import NEAR, Sampler
 from unified.sequence import PackedBatch
 from unified.solvers import schedule
@@ -38,12 +38,19 @@ def guider(sampler: Sampler) -> Any:
     return getattr(guiders, name)(guidance_scale=sampler.guidance_scale, **options)
 
 
+def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
+    """All that `sampler` will ask of the network, 0 among them, for all blocks."""
+    steps = schedule(sampler.num_steps, like, sampler.time_shift)
+    rounded = round_timesteps(steps, sampler.round_timesteps)
+    return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
+
+
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
     `lengths` are those of the blocks, in the order of the two `batches`: the blocks alone as
     `kind`, and, if they are to be guided, each with its unconditional copy. ``known[i]`` positions
-    of block i are held clean, at t = 0.
+    of block i are held clean, at t = 0. `times` are those of the whole schedule.
     """
 
     def __init__(
@@ -56,8 +63,9 @@ class GuidedVelocity:
         modality: str,
         kind: str,
         sampler: Sampler,
+        times: Timesteps,
     ):
-        self.prior, self.cache, self.sampler = prior, cache, sampler
+        self.prior, self.cache, self.sampler, self.times = prior, cache, sampler, times
         self.plain, self.both = batches
         self.modality, self.kind, self.lengths = modality, kind, list(lengths)
         time = self.plain.time_RL
@@ -80,7 +88,8 @@ class GuidedVelocity:
         rounded = round_timesteps(t, self.sampler.round_timesteps)
         time_RL, where = torch.zeros_like(batch.time_RL), batch.where[self.modality]
         time_RL.view(-1)[where] = self._interleave([rounded * self.unknown_N] * copies)
-        v = self.prior(replace(batch, time_RL=time_RL), self.cache)[self.modality].to(z_NC.dtype)
+        found = self.prior(replace(batch, time_RL=time_RL), self.cache, self.times)
+        v = found[self.modality].to(z_NC.dtype)
         parts = v.split([n for n in self.lengths for _ in range(copies)])
         return tuple(torch.cat(parts[i::copies]) for i in range(copies))
 

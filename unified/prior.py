@@ -55,24 +55,47 @@ def unwatched(number: int, streams: Mapping[str, Tensor]) -> None:
     """Watches nothing."""
 
 
+class Timesteps:
+    """Distinct timesteps `t_T`, and what modules make of their embeddings (after SiLU).
+
+    Passes that share an instance, as the steps of a sampler do, compute their modulation once.
+    """
+
+    def __init__(self, prior: Prior, times: Tensor):
+        self.t_T = times.unique()
+        self._c_TW = F.silu(prior.timestep(self.t_T))
+        self._made: dict[nn.Module, Tensor] = {}
+
+    def index(self, times: Tensor) -> Tensor:
+        """The place of each of `times` among the distinct ones."""
+        return torch.searchsorted(self.t_T, times)
+
+    def through(self, module: nn.Module) -> Tensor:
+        """`module` of the embeddings [T, ...]; kept, unless a gradient is to pass."""
+        if torch.is_grad_enabled():
+            return module(self._c_TW)  # type: ignore[no-any-return]
+        if module not in self._made:
+            self._made[module] = module(self._c_TW)
+        return self._made[module]
+
+
 @dataclass(frozen=True)
 class Context:
     """What every block of one forward pass shares.
 
     `where` says which of the R * L positions a stream holds; `index` [R * L] is the place of
-    each position's timestep among the distinct ones, whose embeddings (after SiLU) are `c_TW`, and
-    `t` [N] the same for the positions of a stream.
+    each position's timestep among the distinct ones, and `t` [N] the same for the positions of a
+    stream.
     """
 
     shape: tuple[int, int]
     where: Mapping[str, Tensor | slice]
     t: Mapping[str, Tensor]
     index: Tensor
-    c_TW: Tensor
+    times: Timesteps
     turns: Tensor
     seen: Seen
     cache: KVCache | None
-    commit: bool
 
 
 class Stream(nn.Module):
@@ -92,17 +115,18 @@ class Stream(nn.Module):
         self.proj_out = nn.Linear(inner, width, bias=config.qk_bias)
         self.mlp = FeedForward(width, config.mlp_ratio)
 
-    def qkv(self, x_NW: Tensor, c_TW: Tensor, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_NW: Tensor, times: Timesteps, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys, and values, each [N, H, D]."""
-        y_NW = modulate(layer_norm(x_NW, self.eps), self.attention_in(c_TW), t_N)
+        y_NW = modulate(layer_norm(x_NW, self.eps), times.through(self.attention_in), t_N)
         q, k, v = self.proj_qkv(y_NW).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return self.norm_q(q), self.norm_k(k), v
 
-    def finish(self, x_NW: Tensor, out_NHD: Tensor, c_TW: Tensor, t_N: Tensor) -> Tensor:
+    def finish(self, x_NW: Tensor, out_NHD: Tensor, times: Timesteps, t_N: Tensor) -> Tensor:
         """Add the gated attention branch, then the gated MLP branch."""
-        x_NW = x_NW + look_up(self.attention_out(c_TW), t_N) * self.proj_out(out_NHD.flatten(-2))
-        y_NW = modulate(layer_norm(x_NW, self.eps), self.mlp_in(c_TW), t_N)
-        return x_NW + look_up(self.mlp_out(c_TW), t_N) * self.mlp(y_NW)
+        gate_NW = look_up(times.through(self.attention_out), t_N)
+        x_NW = x_NW + gate_NW * self.proj_out(out_NHD.flatten(-2))
+        y_NW = modulate(layer_norm(x_NW, self.eps), times.through(self.mlp_in), t_N)
+        return x_NW + look_up(times.through(self.mlp_out), t_N) * self.mlp(y_NW)
 
 
 class Block(nn.Module):
@@ -115,22 +139,20 @@ class Block(nn.Module):
 
     def forward(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
         parts = {
-            m: self.streams[m].qkv(x_NW, context.c_TW, context.t[m])  # type: ignore[operator]
+            m: self.streams[m].qkv(x_NW, context.times, context.t[m])  # type: ignore[operator]
             for m, x_NW in x.items()
         }
         q, k, v = (
             gather_rows({m: p[i] for m, p in parts.items()}, context.where, context.shape)
             for i in range(3)
         )
-        q, k = rotate(q, context.turns), rotate(k, context.turns)
+        q, k = (rotate(x, context.turns).to(v.dtype) for x in (q, k))
         if context.cache is not None:
             k, v = context.cache.read(self.layer, k, v)
-            if context.commit:
-                context.cache.write(self.layer, k, v)
         out = attend(q, k, v, context.seen).flatten(0, 1)
         return {
             m: self.streams[m].finish(  # type: ignore[operator]
-                x_NW, out[context.where[m]], context.c_TW, context.t[m]
+                x_NW, out[context.where[m]], context.times, context.t[m]
             )
             for m, x_NW in x.items()
         }
@@ -145,8 +167,8 @@ class Head(nn.Module):
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.proj = nn.Linear(config.width, channels)
 
-    def forward(self, x_NW: Tensor, c_TW: Tensor, t_N: Tensor) -> Tensor:
-        return self.proj(modulate(self.norm(x_NW), self.modulation(c_TW), t_N))
+    def forward(self, x_NW: Tensor, times: Timesteps, t_N: Tensor) -> Tensor:
+        return self.proj(modulate(self.norm(x_NW), times.through(self.modulation), t_N))
 
 
 class Prior(nn.Module):
@@ -189,30 +211,37 @@ class Prior(nn.Module):
             nn.init.zeros_(head.proj.weight)
 
     def forward(
-        self, batch: PackedBatch, cache: KVCache | None = None, watch: Watch = unwatched
+        self,
+        batch: PackedBatch,
+        cache: KVCache | None = None,
+        times: Timesteps | None = None,
+        watch: Watch = unwatched,
     ) -> dict[str, Tensor]:
-        """Velocity [N, C] of every latent, per modality; `cache` is read, not written. `watch`
-        sees the features between the blocks: streams [N, W], or ``SHARED`` [R * L, W]."""
-        x, context = self._run(batch, cache, commit=False, watch=watch)
+        """Velocity [N, C] of every latent, per modality; nothing is committed to `cache`.
+
+        `times` may hold the batch's timesteps, and others, for several passes. `watch` sees the
+        features between the blocks: streams [N, W], or ``SHARED`` [R * L, W].
+        """
+        x, context = self._run(batch, cache, times, watch)
         return {
-            m: self.project_out[m](x[context.where[m]], context.c_TW, context.t[m])
+            m: self.project_out[m](x[context.where[m]], context.times, context.t[m])
             for m in batch.latents
         }
 
-    def commit(self, batch: PackedBatch, cache: KVCache) -> None:
+    def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:
         """Write the (clean) latents of `batch` into `cache`."""
-        self._run(batch, cache, commit=True)
-        cache.coordinates = cache.keys(batch.coordinates)
+        self._run(batch, cache, times)
+        cache.commit(batch.coordinates)
 
     def _run(
         self,
         batch: PackedBatch,
         cache: KVCache | None,
-        commit: bool,
+        times: Timesteps | None,
         watch: Watch = unwatched,
     ) -> tuple[Tensor, Context]:
         """All blocks: features [R * L, W] and the context they were computed in."""
-        context = self._context(batch, cache, commit)
+        context = self._context(batch, cache, times or Timesteps(self, batch.time_RL))
         x = {m: wide(self.project_in[m](z)) for m, z in batch.latents.items()}
         cut = self.config.multi_stream_depth
         for number, block in enumerate(self.blocks[:cut], 1):
@@ -233,20 +262,18 @@ class Prior(nn.Module):
             return checkpoint(block, x, context, use_reentrant=False)
         return block(x, context)
 
-    def _context(self, batch: PackedBatch, cache: KVCache | None, commit: bool) -> Context:
-        times_T, index_RL = torch.unique(batch.time_RL, return_inverse=True)
-        index = index_RL.flatten()
+    def _context(self, batch: PackedBatch, cache: KVCache | None, times: Timesteps) -> Context:
+        index = times.index(batch.time_RL).flatten()
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         return Context(
             shape=batch.shape,
             where={m: batch.where[m] for m in batch.latents},
             t={m: index[batch.where[m]] for m in batch.latents},
             index=index,
-            c_TW=F.silu(self.timestep(times_T)),
+            times=times,
             turns=rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim),
             seen=see(batch.visibility, batch.coordinates, keys),
             cache=cache,
-            commit=commit,
         )
 
 
