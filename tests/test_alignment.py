@@ -18,10 +18,10 @@ from unified.config import Config
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint as checkpoint_files
 from unified.training.alignment import on_grid
-from unified.training.loop import averages, total
 from unified.training.objectives import JointObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
+from unified.training.work import averages, total
 
 FEATURES = 6
 

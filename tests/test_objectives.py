@@ -32,10 +32,10 @@ from unified.flow import FlowMatching
 from unified.modality import Posterior
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
-from unified.training.loop import averages, total
 from unified.training.objectives import AutoencoderObjective, JointObjective, JointPlan
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
+from unified.training.work import averages, total
 from unified.visibility import UNCONDITIONAL
 
 VAES = ("text", "image")

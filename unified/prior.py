@@ -73,7 +73,7 @@ class Timesteps:
     def through(self, module: nn.Module) -> Tensor:
         """`module` of the embeddings [T, ...]; kept, unless a gradient is to pass."""
         if torch.is_grad_enabled():
-            return module(self._c_TW)  # type: ignore[no-any-return]
+            return module(self._c_TW)
         if module not in self._made:
             self._made[module] = module(self._c_TW)
         return self._made[module]

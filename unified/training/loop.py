@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ from unified.randomness import derive
 from unified.training import checkpoint, trend
 from unified.training.ema import EMA
 from unified.training.folder import RunFolder
-from unified.training.metrics import Metrics, memory_gb, say
+from unified.training.metrics import Metrics, Speed, memory_gb, say
 from unified.training.objective import Objective, Plan
 from unified.training.optim import (
     build_optimizer,
@@ -59,6 +57,8 @@ from unified.training.parallel import (
     over_ranks,
 )
 from unified.training.saver import Saver
+from unified.training.stopping import on_sigterm
+from unified.training.work import Batches, Tally, Work, add, averages, share, total
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,61 +66,6 @@ if TYPE_CHECKING:
 
 class DivergedError(ValueError):
     """A loss or gradient stopped being a finite number, or the loss grew without end."""
-
-
-class Slotted(Protocol):
-    """An example that knows its place in the global batch."""
-
-    @property
-    def slot(self) -> int: ...
-
-    @property
-    def truncated(self) -> bool: ...
-
-
-class Batches(Protocol):
-    """The data: of the global batch of each step, in order, this process's part at least. `bad`
-    counts the bad examples it met."""
-
-    bad: int
-
-    def batch(self, step: int) -> Sequence[Slotted]: ...
-
-    def close(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step needs before its first forward: this rank's microbatches, what it counted in them
-    (`Tally`), and the state of the data after them. Made ahead of time, in a thread."""
-
-    plans: list[Plan]
-    tally: Tally
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Numbers of a step that processes add up before it runs: positions by loss term, positions
-    that hold a latent and all of them, examples that were bad and that were truncated, and how many
-    processes were asked to stop."""
-
-    counts: list[float]
-    used: float
-    laid: float
-    bad: float
-    truncated: float
-    stop: float = 0.0
-
-    def over(self, accelerator: Accelerator) -> Tally:
-        """Added up over the processes."""
-        rest = [self.used, self.laid, self.bad, self.truncated, self.stop]
-        summed = over_ranks([*self.counts, *rest], accelerator)
-        return Tally(summed[: len(self.counts)], *summed[len(self.counts) :])
 
 
 @dataclass
@@ -153,79 +98,6 @@ class Stage:
 def planned_steps(stage: StageConfig, training: TrainingConfig) -> int:
     """The steps of a stage; ``training.max_steps`` cuts it short (0 takes none)."""
     return stage.steps if training.max_steps is None else min(stage.steps, training.max_steps)
-
-
-def share(examples: Sequence[Any], part: int, parts: int) -> list[Any]:
-    """The examples of microbatch `part` of `parts`."""
-    return [example for example in examples if example.slot % parts == part]
-
-
-def add(counts: Iterable[Mapping[str, float]], terms: Sequence[str]) -> list[float]:
-    """Counts (or sums) by term, added up; ValueError for a term that has no weight."""
-    total = dict.fromkeys(terms, 0.0)
-    for part in counts:
-        for term, value in part.items():
-            if term not in total:
-                raise ValueError(f"loss term {term} has no weight; there are {sorted(terms)}")
-            total[term] += float(value)
-    return [total[term] for term in terms]
-
-
-def averages(sums: Sequence[float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Term -> sum / count, for the terms that have positions."""
-    return {k: s / n for (k, n), s in zip(counts.items(), sums, strict=True) if n}
-
-
-def total(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The loss that the optimizer sees, of averages by term."""
-    return sum(weights[term] * value for term, value in losses.items())
-
-
-@torch.no_grad()
-def evaluate(
-    objective: Objective,
-    streams: Mapping[str, Sequence[Sequence[Any]]],
-    accelerator: Accelerator,
-) -> dict[str, float]:
-    """``loss`` and the average of each term over the batches of all `streams`, and of each stream
-    (``STREAM/TERM``); every batch is shared among the processes.
-
-    The draws are those of steps 0, 1, ...: the same ones at every evaluation.
-    """
-    weights = objective.weights(0)
-    terms = sorted(weights)
-    found = {
-        name: [over_ranks(part, accelerator) for part in _sums(objective, batches, accelerator)]
-        for name, batches in streams.items()
-    }
-    everything = [
-        [sum(column) for column in zip(*part, strict=True)]
-        for part in zip(*found.values(), strict=True)
-    ]
-    means = {
-        name: averages(sums, dict(zip(terms, counts, strict=True)))
-        for name, (sums, counts) in {**found, "": everything}.items()
-    }
-    overall = means.pop("")
-    each = {f"{name}/{term}": v for name, mean in means.items() for term, v in mean.items()}
-    return {"loss": total(overall, weights), **overall, **each}
-
-
-def _sums(
-    objective: Objective, batches: Sequence[Sequence[Any]], accelerator: Accelerator
-) -> tuple[list[float], list[float]]:
-    """This process's sums and counts of each term, over its share of `batches`."""
-    terms = sorted(objective.weights(0))
-    sums, counts = [0.0] * len(terms), [0.0] * len(terms)
-    for index, batch in enumerate(batches):
-        mine = share(batch, accelerator.process_index, accelerator.num_processes)
-        plan = objective.plan(mine or batch[:1], index)
-        losses = {term: float(loss) for term, loss in objective(plan).items()}
-        if not mine:  # without a part of its own, a process keeps the others company
-            continue
-        sums = [a + b for a, b in zip(sums, add([losses], terms), strict=True)]
-        counts = [a + b for a, b in zip(counts, add([plan.counts], terms), strict=True)]
-    return sums, counts
 
 
 def train_stage(stage: Stage, accelerator: Accelerator) -> checkpoint.Progress:
@@ -516,37 +388,3 @@ class Loop:
             target.mkdir(parents=True, exist_ok=True)
             items = self.stage.sample(step, target)
         self.metrics.write_samples(step, items)
-
-
-@dataclass
-class Speed:
-    """What happened since the last report, which was at `start` seconds of training."""
-
-    start: float
-    examples: float = 0.0
-    used: float = 0.0
-    laid: float = 0.0
-    waited: float = 0.0
-
-    def report(self, now: float) -> dict[str, float]:
-        seconds = max(1e-9, now - self.start)
-        return {
-            "examples_per_s": self.examples / seconds,
-            "positions_per_s": self.used / seconds,
-            "fill": self.used / max(1.0, self.laid),
-            "data_wait": self.waited / seconds,
-        }
-
-
-@contextlib.contextmanager
-def on_sigterm(call: Callable[[], None]) -> Iterator[None]:
-    """Within it, SIGTERM calls this instead of ending the process (in the main thread only, which
-    is where signals arrive)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: call())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,8 +9,8 @@ import torch
 
 from unified.data.streams import Prepared
 from unified.modality import Modality
-from unified.training.loop import share
 from unified.training.parallel import over_ranks
+from unified.training.work import share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,26 @@ def memory_gb(device: torch.device) -> float:
 EXTRAS = ("wandb", "trackio")
 #: what a tracker must be told of an array [B, H, W, 3]
 IMAGE_OPTIONS = {"tensorboard": {"dataformats": "NHWC"}}
+
+
+@dataclass
+class Speed:
+    """What happened since the last report, which was at `start` seconds of training."""
+
+    start: float
+    examples: float = 0.0
+    used: float = 0.0
+    laid: float = 0.0
+    waited: float = 0.0
+
+    def report(self, now: float) -> dict[str, float]:
+        seconds = max(1e-9, now - self.start)
+        return {
+            "examples_per_s": self.examples / seconds,
+            "positions_per_s": self.used / seconds,
+            "fill": self.used / max(1.0, self.laid),
+            "data_wait": self.waited / seconds,
+        }
 
 
 def tracker_names(names: list[str]) -> list[str]:

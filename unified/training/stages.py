@@ -29,10 +29,10 @@ from unified.plugins import critic_plugins, modality_plugins
 from unified.randomness import derive
 from unified.training import samples
 from unified.training.alignment import Alignment
-from unified.training.loop import evaluate
 from unified.training.measures import measured
 from unified.training.objective import Objective
 from unified.training.objectives import AutoencoderObjective, JointObjective
+from unified.training.validation import evaluate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
