@@ -251,7 +251,8 @@ def llama(size: Size, inner: int, learns: bool) -> Contender:
 
 
 def text(size: Size) -> Pair:
-    """12 W^2 weights of a block act on every position of either; a token is two of them in ours."""
+    """12 W^2 weights of a block act on every position of either; a token is two of them in ours,
+    but for those of the last clean block, which no loss depends on."""
     prior = new_prior(size, 0, {"text": CHANNELS["text"]})
     task = ContinuationConfig(source="", block=min(BLOCK, size.text), max_tokens=size.text)
     stage = StageConfig.model_validate(
@@ -273,7 +274,7 @@ def text(size: Size) -> Pair:
     optimizer = build_optimizer(
         learning_groups(objective.groups(), stage.optimizer), stage.optimizer
     )
-    positions = 2 * size.rows * size.text
+    positions = int(objective.plan(examples, 0).positions[0])
     ours = Contender("JointObjective", prior, positions, loss, optimizer)
     return ours, llama(size, inner=size.width * 8 // 3, learns=True)
 

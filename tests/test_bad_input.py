@@ -118,7 +118,7 @@ def png_bomb(side: int) -> bytes:
 
 
 BAD_IMAGES = {
-    "undecodable": (b"no image at all", "no readable WebP, PNG, JPEG or GIF image"),
+    "undecodable": (b"no image at all", "no WebP, PNG, JPEG or GIF image"),
     "truncated": (tiny.as_png(tiny.square("a big red square"))[:60], "is damaged"),
     "bomb": (png_bomb(9000), "an image of 9000 x 9000 pixels was found: at most 64000000 pixels"),
 }

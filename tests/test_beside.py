@@ -33,7 +33,8 @@ def test_with_equal_positions_a_pair_does_as_much_in_all(name: str):
 
 def test_a_text_has_two_positions_for_each_token_of_a_language_model():
     ours, theirs = beside.text(SMALL)
-    assert ours.positions == 2 * theirs.positions
+    last = SMALL.rows * min(beside.BLOCK, SMALL.text)  # clean, and seen by no loss
+    assert ours.positions == 2 * theirs.positions - last
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -83,7 +83,7 @@ def test_damaged_bytes_are_value_errors(modality: ImageModality, kind: str) -> N
 
 
 def test_postscript_is_not_interpreted(modality: ImageModality) -> None:
-    with pytest.raises(ValueError, match="no readable"):
+    with pytest.raises(ValueError, match="are no WebP"):
         modality.read(as_bytes(picture(16, 16), "EPS"))
 
 
