@@ -106,6 +106,7 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
     from accelerate.utils import ProjectConfiguration
 
     device = current_device()
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ  # its launcher may start just one
     precision = resolve(config.training.precision, device)
     if config.training.precision == "auto":
         say(f"precision: {precision}")
@@ -122,7 +123,7 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
             f"{launched} processes were launched, but accelerate formed a group of"
             f" {accelerator.num_processes}; launch them with torchrun --nproc_per_node {launched}"
         )
-    if launched > 1 and accelerator.is_main_process:
+    if (launched > 1 or by_accelerate) and accelerator.is_main_process:
         say(f"processes: {launched}, sharding {config.training.sharding}")
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
