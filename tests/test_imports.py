@@ -15,7 +15,7 @@ PLUGINS = ("modalities", "tasks", "demos")
 
 #: A module of the core imports from its own layer and those above it in this list, never below.
 LAYERS = [
-    {"errors"},
+    {"errors", "units"},
     {"visibility", "registry", "config", "configuring", "randomness", "weights"},
     {"modality", "critic"},
     {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},

@@ -61,6 +61,12 @@ class SourceConfig(Part):
     #: further splits to evaluate on, by name
     splits: dict[str, list[str]] = {}
 
+    @property
+    def all_splits(self) -> dict[str, list[str]]:
+        """Name -> shards, of every split that has some."""
+        named = {"train": self.train, "val": self.val, **self.splits}
+        return {split: urls for split, urls in named.items() if urls}
+
 
 class DataConfig(Part):
     sources: dict[str, SourceConfig] = {}

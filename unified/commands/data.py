@@ -65,7 +65,7 @@ def pack(
     if as_json:
         print(json.dumps(asdict(packed), indent=2))
         return
-    from unified.data.report import size
+    from unified.units import size
 
     for split, shards in packed.shards.items():
         many = f"{len(shards):,} shard{'s' * (len(shards) != 1)}"
@@ -105,6 +105,7 @@ def encode(
         dtype=getattr(torch, dtype.value),
         part=(int(index), int(count)),
         batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
     )
     for name, examples in done.examples.items():
         print(f"{name}: {examples:,} examples")

@@ -103,8 +103,7 @@ def check_config(
     named = {
         (name, split): urls
         for name, source in config.data.sources.items()
-        for split, urls in {"train": source.train, "val": source.val, **source.splits}.items()
-        if urls
+        for split, urls in source.all_splits.items()
     }
     return _check(named, config.model_dump_json(), trust_remote_code, workers)
 

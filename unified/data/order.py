@@ -7,7 +7,7 @@ hold `shuffle_buffer` examples. Within a window, the order of examples is a rand
                permuted   permuted   permuted
 
 A source that fits one window is permuted as a whole. Both draws are functions of (seed, stream,
-epoch, window), so a place in the order is five integers, and only the shards of one window have to
+epoch, window), so a place in the order is four integers, and only the shards of one window have to
 be at hand (and of the next, which is indexed meanwhile).
 """
 
@@ -28,14 +28,13 @@ from unified.randomness import generator
 @dataclass
 class Place:
     """How far a stream has come: in `epoch`, in the window that begins at the epoch's shard number
-    `first`, at its example number `offset`; `before` examples of the epoch lie before the window,
-    and `taken` were taken in all epochs."""
+    `first`, at its example number `offset`. `before` examples of the epoch lie before the window.
+    """
 
     epoch: int = 0
     first: int = 0
     offset: int = 0
     before: int = 0
-    taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,6 @@ class Order:
             self.place.offset = 0
             window = self.window
         self.place.offset += 1
-        self.place.taken += 1
         return window.entries[self.place.offset - 1]
 
     @property
@@ -129,7 +127,7 @@ class Order:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a place. ValueError if the source is not the one it was."""
-        self.place = Place(*(state[k] for k in ("epoch", "first", "offset", "before", "taken")))
+        self.place = Place(*(state[k] for k in ("epoch", "first", "offset", "before")))
         for what, now in (
             ("shards", len(self.source.urls)),
             ("examples", len(self.window.entries)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -103,15 +103,18 @@ class _Split:
             self._held = []
 
 
-def write_shard(path: Path, examples: list[tuple[str, Members]]) -> None:
-    """A shard of (key, members), whose bytes are a function of these alone."""
+def write_shard(path: Path, examples: Iterable[tuple[str, Members]]) -> int:
+    """A shard of (key, members), whose bytes are a function of these alone; how many there are."""
     from webdataset.writer import TarWriter
 
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"user": "", "group": "", "mtime": 0, "encoder": False}
+    count = 0
     with _whole(path) as file, TarWriter(file, **options) as tar:
         for key, members in examples:
             tar.write({"__key__": key, **members})
+            count += 1
+    return count
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from unified.data.checking import Report, Tally
+from unified.units import size
 
 #: the shapes, width to height, that images are counted by; each goes to the nearest
 SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
@@ -132,12 +133,3 @@ def _findings(found: Tally) -> list[str]:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
-
-
-def size(count: float) -> str:
-    """A number of bytes to read."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

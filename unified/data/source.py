@@ -37,10 +37,9 @@ class Source:
         cls, name: str, config: SourceConfig, split: str = "train", access: Access | None = None
     ) -> Source:
         """The split ``train``, ``val``, or one of ``config.splits``."""
-        splits = {"train": config.train, "val": config.val, **config.splits}
-        found = [known for known, urls in splits.items() if urls]
-        if split not in found:
-            raise ValueError(f"source {name} has no split {split}; it has {', '.join(found)}")
+        splits = config.all_splits
+        if split not in splits:
+            raise ValueError(f"source {name} has no split {split}; it has {', '.join(splits)}")
         return cls(name, splits[split], access)
 
     def shard(self, url: str) -> list[Entry]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 from unified.planning.examples import CHARACTERS, Grids
 from unified.planning.plan import Example, Plan
 from unified.show import counts_tree, show_model
+from unified.units import duration
 
 GB, TERA, EXA = 1e9, 1e12, 1e18
 #: (sharded, checkpointed) in the order of the columns, and their names
@@ -102,6 +102,7 @@ def _memory(plan: Plan) -> str:
 
 def _speed(plan: Plan) -> str:
     seconds = plan.steps * plan.seconds_per_step
+    wall = duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
     hours = seconds * plan.request.gpus / 3600
     rows = [
         ("step", f"{plan.seconds_per_step:.3g} s"),
@@ -112,7 +113,7 @@ def _speed(plan: Plan) -> str:
         rows.append((name, f"{t.items:,.0f} items/s{tokens}"))
     rows += [
         (f"{plan.steps:,} steps", f"{plan.steps * plan.step_flops / EXA:,.4g} EFLOPs"),
-        ("wall time", f"{duration(seconds)} ({_number(hours)} GPU hours)"),
+        ("wall time", f"{wall} ({_number(hours)} GPU hours)"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -138,16 +139,6 @@ def assumptions(plan: Plan) -> list[str]:
 
 def _lengths(grids: Grids) -> str:
     return ", ".join(f"{kind} {'x'.join(map(str, grid))}" for kind, grid in grids.items())
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: the two largest units."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for (big, size), (small, part) in pairwise(units):
-        if seconds >= size:
-            whole = int(seconds // size)
-            return f"{whole} {big} {int(seconds % size // part)} {small}"
-    return f"{seconds:.3g} s"
 
 
 def _number(value: float) -> str:

@@ -12,9 +12,7 @@ and parts of the work can be done elsewhere.
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,13 +24,14 @@ from tqdm import tqdm
 from unified.config import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.latents import LATENTS, fingerprint, phased, to_bytes
+from unified.data.packing import write_shard
 from unified.data.source import Source
 from unified.data.streams import TaskStream
 from unified.modality import Modality, Posterior
 from unified.pipeline import UnifiedPipeline
 from unified.training.run import without_statistics
 from unified.training.stages import Materials, Sources
-from unified.weights import write_bytes, write_text
+from unified.weights import write_text
 
 #: the number of a shard, as a pattern of names
 NUMBER = "[0-9]" * 5
@@ -58,6 +57,7 @@ def encode(
     dtype: torch.dtype = torch.float32,
     part: tuple[int, int] = (0, 1),
     batch_size: int = 16,
+    trust_remote_code: bool = False,
 ) -> Encoded:
     """Write the latents of every source and split of every task of the (first) joint stage.
 
@@ -70,7 +70,7 @@ def encode(
         materials.fit_statistics(without_statistics(materials))
         pipeline.save_pretrained(out / "model")
     else:  # another part began: its statistics count
-        pipeline = UnifiedPipeline.from_pretrained(out / "model")
+        pipeline = UnifiedPipeline.from_pretrained(out / "model", trust_remote_code)
         materials = Materials(config, stage, pipeline, Sources(config))
     for modality in pipeline.modalities.values():
         modality.eval()
@@ -83,7 +83,8 @@ def encode(
             if not path.is_file():
                 url = shards.urls[number]
                 found = encoded(shards, url, stream, encoders, dtype, batch_size, done)
-                done.add(f"{label}-{split}", write_shard(path, found))
+                members = ((key, {LATENTS: data}) for key, data in found)
+                done.add(f"{label}-{split}", write_shard(path, members))
     write_text(out / "latents.yaml", yaml.safe_dump(settings(materials, out), sort_keys=False))
     return done
 
@@ -106,10 +107,8 @@ def splits(materials: Materials) -> Iterator[tuple[str, TaskStream, str, str]]:
     """(name of the shards, stream, source, split) of everything to encode."""
     for name, stream, source, _ in materials.streams:
         assert isinstance(stream, TaskStream)
-        told = materials.config.data.sources[source]
-        for split, urls in {"train": told.train, "val": told.val, **told.splits}.items():
-            if urls:
-                yield name.replace("/", "-"), stream, source, split
+        for split in materials.config.data.sources[source].all_splits:
+            yield name.replace("/", "-"), stream, source, split
 
 
 def encoded(
@@ -165,19 +164,6 @@ def together(
     return found
 
 
-def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> int:
-    """A tar file of ``KEY.latents``, written whole; how many there are."""
-    stream, count = io.BytesIO(), 0
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for key, data in members:
-            info = tarfile.TarInfo(f"{key}.{LATENTS}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-            count += 1
-    write_bytes(path, stream.getvalue())
-    return count
-
-
 def settings(materials: Materials, out: Path) -> dict[str, object]:
     """The part of a configuration that trains from these latents: sources, tasks, and where the
     autoencoders come from."""
@@ -185,11 +171,9 @@ def settings(materials: Materials, out: Path) -> dict[str, object]:
     tasks: dict[str, dict[str, object]] = {}
     for name, _, source, ratio in materials.streams:
         label, told = name.replace("/", "-"), materials.config.data.sources[source]
-        named = {"train": told.train, "val": told.val, **told.splits}
         shards = {
             split: [str(p) for p in sorted(out.absolute().glob(f"{label}-{split}-{NUMBER}.tar"))]
-            for split, urls in named.items()
-            if urls
+            for split in told.all_splits
         }
         further = {split: shards.pop(split) for split in told.splits if split in shards}
         sources[f"{label}-latents"] = {**shards, "splits": further}

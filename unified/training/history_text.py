@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from unified.training.history import RECENT, RunHistory, StageHistory, Value
+from unified.units import duration, size
 
 Row = Sequence[str]
 
@@ -125,21 +126,3 @@ def columns(rows: Iterable[Row]) -> list[str]:
         ).rstrip()
         for row in table
     ]
-
-
-def duration(seconds: float) -> str:
-    """In its two largest units."""
-    whole = max(0, round(seconds))
-    for long, short, unit in (("d", "h", 86400), ("h", "min", 3600), ("min", "s", 60)):
-        if whole >= unit:
-            smaller = {86400: 3600, 3600: 60, 60: 1}[unit]
-            return f"{whole // unit} {long} {whole % unit // smaller} {short}"
-    return f"{whole} s"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

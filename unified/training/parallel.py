@@ -44,11 +44,6 @@ def distribute(model: nn.Module, accelerator: Accelerator, config: TrainingConfi
     """`model` as the loop calls it. ValueError for a sharding that these processes cannot have."""
     if config.sharding == "none":
         return accelerator.prepare_model(model)
-    if not dist.is_initialized():
-        raise ValueError(
-            f"training.sharding is {config.sharding}, but this is one process alone; launch several"
-            " with torchrun, or set it to none"
-        )
     shard(model, config, accelerator.device.type, accelerator.mixed_precision == "bf16")
     return model
 

@@ -98,10 +98,7 @@ def next_stage(config: Config, folder: RunFolder) -> int:
 
 
 def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
-    """The processes, precision and trackers of the run.
-
-    ValueError if the processes that were launched did not find each other, or shard the model.
-    """
+    """The processes, precision and trackers of the run; ValueError as `check_processes` says."""
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
@@ -117,26 +114,38 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
         project_config=ProjectConfiguration(str(folder.path), logging_dir=str(folder.trackers)),
         kwargs_handlers=distributed_settings(),
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched, but accelerate formed a group of"
-            f" {accelerator.num_processes}; launch them with torchrun --nproc_per_node {launched}"
-        )
+    check_processes(accelerator, config.training.sharding)
+    launched = accelerator.num_processes
     if (launched > 1 or by_accelerate) and accelerator.is_main_process:
         say(f"processes: {launched}, sharding {config.training.sharding}")
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(
-            f"accelerate is set to {kind}; leave its settings at data-parallel, and shard the model"
-            " with training.sharding"
-        )
     settings = dict(flatten(config.model_dump(mode="json")))
     plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
     accelerator.init_trackers(
         "unified", plain, init_kwargs={"tensorboard": {"purge_step": reached(config, folder) + 1}}
     )
     return accelerator
+
+
+def check_processes(accelerator: Accelerator, sharding: str) -> None:
+    """ValueError if the processes that were launched did not find each other, if one alone is to
+    shard the model, or several by accelerate's own settings."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate formed a group of"
+            f" {accelerator.num_processes}; launch them with torchrun --nproc_per_node {launched}"
+        )
+    if launched == 1 and sharding != "none":
+        raise ValueError(
+            f"training.sharding is {sharding}, but this is one process alone; launch several with"
+            " torchrun, or set it to none"
+        )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"accelerate is set to {kind}; leave its settings at data-parallel, and shard the model"
+            " with training.sharding"
+        )
 
 
 def reached(config: Config, folder: RunFolder) -> int:
@@ -160,12 +169,12 @@ def starting_point(
     The configuration is written after it, so that a mistake found until then can be corrected in
     the same folder; what an attempt without one left behind is made anew.
     """
-    origin = folder.stages / config.stages[first - 1].name if first else folder.initial
-    begun = origin.is_dir() and folder.config.is_file()
+    start = origin(folder, config, config.stages[first].name)
+    begun = start.is_dir() and folder.config.is_file()
     if accelerator.is_main_process and not begun:
         build(config, folder, sources, trust_remote_code)
     accelerator.wait_for_everyone()
-    return open_pipeline(origin, config, accelerator, trust_remote_code)
+    return open_pipeline(start, config, accelerator, trust_remote_code)
 
 
 def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code: bool) -> None:
@@ -238,8 +247,9 @@ def without_statistics(materials: Materials, folder: RunFolder | None = None) ->
     statistics it was trained with, so theirs are kept."""
     config, stage = materials.config, materials.stage
     joint = [s.name for s in config.stages if s.objective == "joint"]
-    begun = folder is not None and sound(folder, stage.name) > 0
-    if stage.name != next(iter(joint), None) or begun:
+    if stage.name != next(iter(joint), None):
+        return set()
+    if folder is not None and sound(folder, stage.name) > 0:
         return set()
     kept = {m for m in config.modalities if "prior" in config.init and f"{m}_vae" in config.init}
     return set(config.modalities) - kept

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from unified.training import checkpoint
 from unified.training.metrics import say
+from unified.training.parallel import from_main
 
 
 class Saver:
@@ -32,7 +33,7 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int, background: bool, is_main: bool):
         self.folder, self.keep, self.background, self.is_main = folder, keep, background, is_main
-        self._pending: tuple[int, Future[None]] | None = None
+        self._pending: tuple[Path, Future[None]] | None = None
 
     @cached_property
     def _group(self) -> Any:
@@ -49,10 +50,8 @@ class Saver:
         self.wait()
         step, stage = trained.progress.step, trained.stage
         partial = self.folder / f".{stage}-{step}.partial"
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _meet()
+        if not from_main(self.is_main and self._begin(partial)):
+            return False
         seal = self._sealing(partial, stage, asdict(trained.progress))
         if self.background:
             written: Any = async_save(
@@ -61,16 +60,16 @@ class Saver:
                 process_group=self._group,
                 no_dist=not dist.is_initialized(),
             )
-            self._pending = step, self._thread.submit(lambda: seal(written.result()))
+            self._pending = partial, self._thread.submit(lambda: seal(written.result()))
             return True
-        return self._report(step, lambda: seal(checkpoint.write(partial, trained.tensors())))
+        return self._report(partial, lambda: seal(checkpoint.write(partial, trained.tensors())))
 
     def wait(self) -> bool:
         """Wait for what the background still writes; whether it was written."""
         if self._pending is None:
             return True
-        (step, pending), self._pending = self._pending, None
-        return self._report(step, pending.result)
+        (partial, pending), self._pending = self._pending, None
+        return self._report(partial, pending.result)
 
     def _sealing(
         self, partial: Path, stage: str, progress: Mapping[str, Any]
@@ -85,20 +84,37 @@ class Saver:
 
         return seal
 
-    def _report(self, step: int, write: Callable[[], Any]) -> bool:
+    def _begin(self, partial: Path) -> bool:
+        """Make the folder to write into; whether there is room for it."""
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            self._failed(partial, error)
+            return False
+        return True
+
+    def _report(self, partial: Path, write: Callable[[], Any]) -> bool:
         """Whether `write` succeeds; if not, the reason is said."""
         try:
             write()
         except (OSError, CheckpointException) as error:
-            if self.is_main:
-                say(
-                    f"the checkpoint of step {step} could not be written to {self.folder}:"
-                    f" {_reason(error)}; training goes on, and the checkpoints before it are there"
-                )
+            self._failed(partial, error)
             return False
         finally:
             _meet()
         return True
+
+    def _failed(self, partial: Path, error: BaseException) -> None:
+        """Say so, and leave no half of it behind."""
+        if not self.is_main:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        step = partial.stem.rpartition("-")[2]
+        say(
+            f"the checkpoint of step {step} could not be written to {self.folder}:"
+            f" {_reason(error)}; training goes on, and the checkpoints before it are there"
+        )
 
 
 def _meet() -> None:
