@@ -167,7 +167,9 @@ def test_streaming_yields_growing_blocks_and_stops_each_sample():
 def test_guidance_one_needs_no_unconditional_pass():
     model = toys.prior()
     widths = []
-    model.blocks[0].register_forward_hook(lambda _, args, __: widths.append(args[1].shape[1]))
+    model.blocks[0].register_forward_hook(
+        lambda _, args, __: widths.append(args[1].geometry.shape[1])
+    )
     maker = Generator(model, toys.layouts(BLOCK))
     for scale in (1.0, 2.0):
         maker.run("continuation", "C", [Request({}, (2,), 0)], Sampler(1, scale))

@@ -32,13 +32,14 @@ class KVCache:
 
     @torch.no_grad()
     def read(self, layer: int, k_RLHD: Tensor, v_RLHD: Tensor) -> tuple[Tensor, Tensor]:
-        """[committed | new] keys and values of one layer, valid until the next pass."""
+        """[committed | new] keys and values of one layer, valid until the next pass; kept in the
+        dtype of the values."""
         start, stop = len(self), len(self) + k_RLHD.shape[1]
         if layer == len(self._layers):
-            self._layers.append((_room(k_RLHD, stop), _room(v_RLHD, stop)))
+            self._layers.append((_room(v_RLHD, stop), _room(v_RLHD, stop)))
         k, v = self._layers[layer]
         if k.shape[1] < stop:
-            k, v = (_room(new, stop, old[:, :start]) for new, old in ((k_RLHD, k), (v_RLHD, v)))
+            k, v = (_room(v_RLHD, stop, old[:, :start]) for old in (k, v))
             self._layers[layer] = k, v
         k[:, start:stop], v[:, start:stop] = k_RLHD, v_RLHD
         return k[:, :stop], v[:, :stop]

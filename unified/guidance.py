@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unified.cache import KVCache
 from unified.flow import round_timesteps
-from unified.prior import Prior, Timesteps
+from unified.prior import Geometry, Prior, Timesteps
 from unified.sampler import NEAR, Sampler
 from unified.sequence import PackedBatch
 from unified.solvers import schedule
@@ -45,6 +45,13 @@ def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
     return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
 
 
+class Placed(NamedTuple):
+    """Blocks that are denoised, with or without their unconditional copies, and where they are."""
+
+    batch: PackedBatch
+    geometry: Geometry
+
+
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
@@ -66,9 +73,9 @@ class GuidedVelocity:
         times: Timesteps,
     ):
         self.prior, self.cache, self.sampler, self.times = prior, cache, sampler, times
-        self.plain, self.both = batches
+        self.plain, self.both = (b and Placed(b, prior.geometry(b, cache)) for b in batches)
         self.modality, self.kind, self.lengths = modality, kind, list(lengths)
-        time = self.plain.time_RL
+        time = self.plain.batch.time_RL
         unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
         self.unknown_N = torch.cat(unknown).to(time)
         self.known = list(known)
@@ -81,17 +88,25 @@ class GuidedVelocity:
         v_c, v_u = self._velocities(self.both, z_NC, t)
         return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
 
-    def _velocities(self, batch: PackedBatch, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Conditional velocity [N, C], and the unconditional one if `batch` has the copies."""
-        batch = batch.with_latents([{self.kind: part} for part in z_NC.split(self.lengths)])
+    def _velocities(self, placed: Placed, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Conditional velocity [N, C], and the unconditional one if `placed` has the copies."""
+        parts = [{self.kind: part} for part in z_NC.split(self.lengths)]
+        batch = placed.batch.with_latents(parts)
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
-        rounded = round_timesteps(t, self.sampler.round_timesteps)
-        time_RL, where = torch.zeros_like(batch.time_RL), batch.where[self.modality]
-        time_RL.view(-1)[where] = self._interleave([rounded * self.unknown_N] * copies)
-        found = self.prior(replace(batch, time_RL=time_RL), self.cache, self.times)
+        rounded = round_timesteps(t, self.sampler.round_timesteps).to(batch.time_RL)
+        batch = replace(batch, time_RL=self._times(batch, rounded, copies))
+        found = self.prior(batch, self.cache, self.times, placed.geometry)
         v = found[self.modality].to(z_NC.dtype)
         parts = v.split([n for n in self.lengths for _ in range(copies)])
         return tuple(torch.cat(parts[i::copies]) for i in range(copies))
+
+    def _times(self, batch: PackedBatch, t: Tensor, copies: int) -> Tensor:
+        """The timestep of every position [R, L]: `t`, and 0 where something is known."""
+        if not any(self.known):
+            return t.expand(batch.shape)
+        time_RL, where = torch.zeros_like(batch.time_RL), batch.where[self.modality]
+        time_RL.view(-1)[where] = self._interleave([t * self.unknown_N] * copies)
+        return time_RL
 
     def _interleave(self, copies: Sequence[Tensor]) -> Tensor:
         """[block 0 of each copy, block 1 of each copy, ...]."""

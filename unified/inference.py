@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unified.config import GenerationConfig
 from unified.generate import Generator, Request
+from unified.linear import generating
 from unified.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
 from unified.prior import Prior
 from unified.randomness import derive, generator
@@ -77,6 +78,7 @@ class Inference:
                 items[i] = item
         return items
 
+    @generating
     @torch.no_grad()
     def stream(
         self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None

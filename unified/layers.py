@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unified.flow import TIMESTEP_SCALE
+from unified.linear import Linear
 
 SINUSOID_WIDTH = 256
 ROPE_THETA = 10_000.0
@@ -66,9 +67,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.proj_in = nn.Linear(SINUSOID_WIDTH, width)
-        self.proj_hid = nn.Linear(width, width)
-        self.proj_out = nn.Linear(width, width)
+        self.proj_in = Linear(SINUSOID_WIDTH, width)
+        self.proj_hid = Linear(width, width)
+        self.proj_out = Linear(width, width)
 
     def forward(self, t_T: Tensor) -> Tensor:
         half = SINUSOID_WIDTH // 2
@@ -83,11 +84,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, ratio: int):
         super().__init__()
-        self.proj_in = nn.Linear(width, width * ratio)
-        self.proj_out = nn.Linear(width * ratio, width)
+        self.proj_in = Linear(width, width * ratio)
+        self.proj_out = Linear(width * ratio, width)
 
     def forward(self, x_W: Tensor) -> Tensor:
-        return self.proj_out(F.gelu(self.proj_in(x_W), approximate="tanh"))
+        return self.proj_out(self.proj_in(x_W, "gelu_tanh"))
 
 
 def look_up(rows_TW: Tensor, t_N: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from unified.layers import (
     rotate,
     wide,
 )
+from unified.linear import Linear
 from unified.sequence import PackedBatch
 
 #: name of the single stream that all modalities share
@@ -67,8 +68,11 @@ class Timesteps:
         self._made: dict[nn.Module, Tensor] = {}
 
     def index(self, times: Tensor) -> Tensor:
-        """The place of each of `times` among the distinct ones."""
-        return torch.searchsorted(self.t_T, times)
+        """The place of each of `times` [...] among the distinct ones, flat; a single number if all
+        of them are one, expanded."""
+        if not any(times.stride()):
+            times = times.flatten()[:1]
+        return torch.searchsorted(self.t_T, times).flatten()
 
     def through(self, module: nn.Module) -> Tensor:
         """`module` of the embeddings [T, ...]; kept, unless a gradient is to pass."""
@@ -80,21 +84,30 @@ class Timesteps:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every block of one forward pass shares.
+class Geometry:
+    """Where the positions of rows are and who sees whom: the same for any latents and timesteps.
 
-    `where` says which of the R * L positions a stream holds; `index` [R * L] is the place of
-    each position's timestep among the distinct ones, and `t` [N] the same for the positions of a
-    stream.
+    `where` says which of the R * L positions a stream holds; a stream that holds all of them, in
+    their order, has a slice.
     """
 
     shape: tuple[int, int]
     where: Mapping[str, Tensor | slice]
-    t: Mapping[str, Tensor]
-    index: Tensor
-    times: Timesteps
     turns: Tensor
     seen: Seen
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of one forward pass shares.
+
+    ``t[stream]`` [N] is the place of each position's timestep among the distinct ones, or [1]
+    that of all of them.
+    """
+
+    geometry: Geometry
+    t: Mapping[str, Tensor]
+    times: Timesteps
     cache: KVCache | None
 
 
@@ -105,14 +118,14 @@ class Stream(nn.Module):
         super().__init__()
         width, inner = config.width, config.heads * config.head_dim
         self.eps, self.heads = config.norm_eps, config.heads
-        self.attention_in = nn.Linear(width, 2 * width)
-        self.attention_out = nn.Linear(width, width)
-        self.mlp_in = nn.Linear(width, 2 * width)
-        self.mlp_out = nn.Linear(width, width)
-        self.proj_qkv = nn.Linear(width, 3 * inner, bias=config.qk_bias)
+        self.attention_in = Linear(width, 2 * width)
+        self.attention_out = Linear(width, width)
+        self.mlp_in = Linear(width, 2 * width)
+        self.mlp_out = Linear(width, width)
+        self.proj_qkv = Linear(width, 3 * inner, bias=config.qk_bias)
         self.norm_q = LayerNorm(config.head_dim, eps=config.norm_eps)
         self.norm_k = LayerNorm(config.head_dim, eps=config.norm_eps)
-        self.proj_out = nn.Linear(inner, width, bias=config.qk_bias)
+        self.proj_out = Linear(inner, width, bias=config.qk_bias)
         self.mlp = FeedForward(width, config.mlp_ratio)
 
     def qkv(self, x_NW: Tensor, times: Timesteps, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,17 +155,15 @@ class Block(nn.Module):
             m: self.streams[m].qkv(x_NW, context.times, context.t[m])  # type: ignore[operator]
             for m, x_NW in x.items()
         }
-        q, k, v = (
-            gather_rows({m: p[i] for m, p in parts.items()}, context.where, context.shape)
-            for i in range(3)
-        )
-        q, k = (rotate(x, context.turns).to(v.dtype) for x in (q, k))
+        at = context.geometry
+        q, k, v = (gather_rows({m: p[i] for m, p in parts.items()}, at) for i in range(3))
+        q, k = rotate(q, at.turns), rotate(k, at.turns)
         if context.cache is not None:
             k, v = context.cache.read(self.layer, k, v)
-        out = attend(q, k, v, context.seen).flatten(0, 1)
+        out = attend(q, k, v, at.seen).flatten(0, 1)
         return {
             m: self.streams[m].finish(  # type: ignore[operator]
-                x_NW, out[context.where[m]], context.times, context.t[m]
+                x_NW, out[at.where[m]], context.times, context.t[m]
             )
             for m, x_NW in x.items()
         }
@@ -164,8 +175,8 @@ class Head(nn.Module):
     def __init__(self, config: PriorConfig, channels: int):
         super().__init__()
         self.norm = LayerNorm(config.width, eps=config.norm_eps)
-        self.modulation = nn.Linear(config.width, 2 * config.width)
-        self.proj = nn.Linear(config.width, channels)
+        self.modulation = Linear(config.width, 2 * config.width)
+        self.proj = Linear(config.width, channels)
 
     def forward(self, x_NW: Tensor, times: Timesteps, t_N: Tensor) -> Tensor:
         return self.proj(modulate(self.norm(x_NW), times.through(self.modulation), t_N))
@@ -184,9 +195,7 @@ class Prior(nn.Module):
         self.config, self.channels = config, dict(channels)
         #: keep only what goes into each block for the backward pass: less memory, more work
         self.recompute = False
-        self.project_in = nn.ModuleDict(
-            {m: nn.Linear(c, config.width) for m, c in channels.items()}
-        )
+        self.project_in = nn.ModuleDict({m: Linear(c, config.width) for m, c in channels.items()})
         self.timestep = TimestepEmbedding(config.width)
         depth = config.multi_stream_depth + config.single_stream_depth
         self.blocks = nn.ModuleList(
@@ -215,18 +224,33 @@ class Prior(nn.Module):
         batch: PackedBatch,
         cache: KVCache | None = None,
         times: Timesteps | None = None,
+        geometry: Geometry | None = None,
         watch: Watch = unwatched,
     ) -> dict[str, Tensor]:
         """Velocity [N, C] of every latent, per modality; nothing is committed to `cache`.
 
-        `times` may hold the batch's timesteps, and others, for several passes. `watch` sees the
-        features between the blocks: streams [N, W], or ``SHARED`` [R * L, W].
+        For several passes, `times` may hold the batch's timesteps, and others, and `geometry` what
+        `self.geometry` gave for it. `watch` sees the features between the blocks: streams [N, W],
+        or ``SHARED`` [R * L, W].
         """
-        x, context = self._run(batch, cache, times, watch)
+        x, context = self._run(batch, cache, times, geometry, watch)
         return {
-            m: self.project_out[m](x[context.where[m]], context.times, context.t[m])
+            m: self.project_out[m](x[context.geometry.where[m]], context.times, context.t[m])
             for m in batch.latents
         }
+
+    def geometry(self, batch: PackedBatch, cache: KVCache | None = None) -> Geometry:
+        """Where the positions of `batch` are, behind what is committed to `cache`."""
+        keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
+        rows, length = batch.shape
+        return Geometry(
+            shape=batch.shape,
+            where={
+                m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
+            },
+            turns=rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim),
+            seen=see(batch.visibility, batch.coordinates, keys),
+        )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:
         """Write the (clean) latents of `batch` into `cache`."""
@@ -237,18 +261,28 @@ class Prior(nn.Module):
         self,
         batch: PackedBatch,
         cache: KVCache | None,
-        times: Timesteps | None,
+        times: Timesteps | None = None,
+        geometry: Geometry | None = None,
         watch: Watch = unwatched,
     ) -> tuple[Tensor, Context]:
         """All blocks: features [R * L, W] and the context they were computed in."""
-        context = self._context(batch, cache, times or Timesteps(self, batch.time_RL))
+        at = geometry or self.geometry(batch, cache)
+        times = times or Timesteps(self, batch.time_RL)
+        index = times.index(batch.time_RL)
+        context = Context(
+            at,
+            {m: index if index.numel() == 1 else index[at.where[m]] for m in batch.latents},
+            times,
+            cache,
+        )
         x = {m: wide(self.project_in[m](z)) for m, z in batch.latents.items()}
         cut = self.config.multi_stream_depth
         for number, block in enumerate(self.blocks[:cut], 1):
             x = self._through(block, x, context)
             watch(number, x)
-        x_NW = gather_rows(x, context.where, context.shape).flatten(0, 1)
-        single = replace(context, where={SHARED: slice(None)}, t={SHARED: context.index})
+        x_NW = gather_rows(x, at).flatten(0, 1)
+        whole = replace(at, where={SHARED: slice(None)})
+        single = replace(context, geometry=whole, t={SHARED: index})
         for number, block in enumerate(self.blocks[cut:], cut + 1):
             x_NW = self._through(block, {SHARED: x_NW}, single)[SHARED]
             watch(number, {SHARED: x_NW})
@@ -262,29 +296,18 @@ class Prior(nn.Module):
             return checkpoint(block, x, context, use_reentrant=False)
         return block(x, context)
 
-    def _context(self, batch: PackedBatch, cache: KVCache | None, times: Timesteps) -> Context:
-        index = times.index(batch.time_RL).flatten()
-        keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
-        return Context(
-            shape=batch.shape,
-            where={m: batch.where[m] for m in batch.latents},
-            t={m: index[batch.where[m]] for m in batch.latents},
-            index=index,
-            times=times,
-            turns=rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim),
-            seen=see(batch.visibility, batch.coordinates, keys),
-            cache=cache,
-        )
+
+def in_order(where_N: Tensor, positions: int) -> bool:
+    """Whether `where_N` is 0, 1, ... up to all `positions`."""
+    return torch.equal(where_N, torch.arange(positions, device=where_N.device))
 
 
-def gather_rows(
-    parts: Mapping[str, Tensor], where: Mapping[str, Tensor | slice], shape: tuple[int, int]
-) -> Tensor:
+def gather_rows(parts: Mapping[str, Tensor], at: Geometry) -> Tensor:
     """Streams [N, ...] put to their places in rows [R, L, ...]; padding is 0."""
-    if SHARED in parts:
-        return parts[SHARED].unflatten(0, shape)
-    first = next(iter(parts.values()))
-    out = first.new_zeros(shape[0] * shape[1], *first.shape[1:])
+    first, *others = parts.values()
+    if not others and all(isinstance(at.where[m], slice) for m in parts):
+        return first.unflatten(0, at.shape)
+    out = first.new_zeros(at.shape[0] * at.shape[1], *first.shape[1:])
     for m, x in parts.items():
-        out[where[m]] = x
-    return out.unflatten(0, shape)
+        out[at.where[m]] = x
+    return out.unflatten(0, at.shape)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unified.linear import Linear
 from unified.modalities.text.vae_config import TextVAEConfig
 
 FAR = 1 << 24
@@ -84,14 +85,14 @@ class Block(nn.Module):
         super().__init__()
         self.config, dim, eps = config, config.dim, config.layer_norm_eps
         self.norm_attn = nn.LayerNorm(dim, eps=eps)
-        self.qkv_proj = nn.Linear(dim, 3 * dim, bias=config.qk_bias)
+        self.qkv_proj = Linear(dim, 3 * dim, bias=config.qk_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.attn_out_proj = nn.Linear(dim, dim, bias=config.bias)
+        self.attn_out_proj = Linear(dim, dim, bias=config.bias)
         self.norm_ffn = nn.LayerNorm(dim, eps=eps)
         gated = config.act == "swiglu"
-        self.ffn_proj = nn.Linear(dim, config.ffn_dim, bias=config.bias)
-        self.ffn_out = nn.Linear(config.ffn_dim // (1 + gated), dim, bias=config.bias)
+        self.ffn_proj = Linear(dim, config.ffn_dim, bias=config.bias)
+        self.ffn_out = Linear(config.ffn_dim // (1 + gated), dim, bias=config.bias)
 
     def forward(
         self, x_BLD: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None
@@ -116,11 +117,10 @@ class Block(nn.Module):
         return self.attn_out_proj(out.transpose(1, 2).flatten(2))
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:
-        h = self.ffn_proj(x_BLD)
         if self.config.act == "swiglu":
-            value, gate = h.chunk(2, dim=-1)
+            value, gate = self.ffn_proj(x_BLD).chunk(2, dim=-1)
             return self.ffn_out(F.silu(gate) * value)
-        return self.ffn_out(F.gelu(h) if self.config.act == "gelu" else F.silu(h))
+        return self.ffn_out(self.ffn_proj(x_BLD, self.config.act))
 
 
 class Blocks(nn.ModuleList):

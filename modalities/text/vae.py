@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unified.layers import wide
+from unified.linear import Linear
 from unified.modalities.text.layers import Blocks, KVCache
 from unified.modalities.text.vae_config import TextVAEConfig
 
@@ -33,7 +34,7 @@ class Encoder(nn.Module):
             config.dim, config.dim, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.blocks = Blocks(config, config.encoder_num_blocks)
-        self.final_layer = nn.Linear(config.dim, 2 * config.latent_dim, bias=config.bias)
+        self.final_layer = Linear(config.dim, 2 * config.latent_dim, bias=config.bias)
 
     def forward(self, ids_BT: Tensor, lengths_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance [B, L, C] of ids that are padded on the right.
@@ -53,11 +54,11 @@ class Decoder(nn.Module):
     def __init__(self, config: TextVAEConfig):
         super().__init__()
         self.config = config
-        self.in_layer = nn.Linear(config.latent_dim, config.dim, bias=config.bias)
+        self.in_layer = Linear(config.latent_dim, config.dim, bias=config.bias)
         self.blocks = Blocks(config, config.decoder_num_blocks)
-        self.unpatch_layer = nn.Linear(config.dim, config.patch_size * config.dim)
+        self.unpatch_layer = Linear(config.dim, config.patch_size * config.dim)
         self.final_norm = nn.LayerNorm(config.dim, eps=config.layer_norm_eps)
-        self.final_layer = nn.Linear(config.dim, config.vocab_size, bias=config.bias)
+        self.final_layer = Linear(config.dim, config.vocab_size, bias=config.bias)
 
     def forward(
         self, z_BLC: Tensor, cache: KVCache | None = None, lengths_B: Tensor | None = None

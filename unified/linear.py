@@ -1,0 +1,104 @@
+"""Linear layers that read packed weights while something is generated on a CPU.
+
+A matrix product with few rows spends much of its time on arranging the weights for the processor,
+anew in every call. In generation the same weights are read again and again, so there oneDNN
+arranges those of each layer once; it then also adds the bias and applies the activation while it
+writes the product. Same weights, same sums; about twice the speed at 32 rows.
+
+A packed copy is kept until its weights change, are trained, or go. Everything else, training,
+other devices, float64, takes PyTorch's ordinary path.
+
+Shape legend: N rows, I features in, O features out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+#: activation -> how it is computed after a product, and what oneDNN calls it
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str]]] = {
+    "none": (lambda x: x, ("none", "")),
+    "gelu": (F.gelu, ("gelu", "none")),
+    "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), ("gelu", "tanh")),
+    "silu": (F.silu, ("swish", "")),
+}
+
+#: whether something is being generated
+_generating = ContextVar("generating", default=False)
+#: layer -> its packed weights
+_kept: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+
+
+class Packed(NamedTuple):
+    """The weights of a layer as oneDNN arranges them, its bias, and of what they are a copy."""
+
+    weight: Tensor
+    bias: Tensor | None
+    source: tuple[object, ...]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, whose `forward` may apply an activation, one of ``ACTIVATIONS``."""
+
+    def forward(self, x_NI: Tensor, activation: str = "none") -> Tensor:
+        after, (name, algorithm) = ACTIVATIONS[activation]
+        if torch.compiler.is_compiling():
+            return after(super().forward(x_NI))
+        if torch.is_grad_enabled() or not _generating.get():
+            _kept.pop(self, None)
+            return after(super().forward(x_NI))
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_NI.dtype
+        if not _packs(dtype, x_NI.device.type) or not x_NI.numel():
+            return after(super().forward(x_NI))
+        weight, bias, _ = self._packed(dtype)
+        x_NI = x_NI.to(dtype)
+        return torch.ops.mkldnn._linear_pointwise(x_NI, weight, bias, name, [], algorithm)
+
+    def _packed(self, dtype: torch.dtype) -> Packed:
+        """The weights for products in this precision; arranged anew if they have changed."""
+        versions = [p.is_inference() or p._version for p in self.parameters()]
+        source = (dtype, self.weight.data_ptr(), *versions)
+        kept = _kept.get(self)
+        if kept is None or kept.source != source:
+            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.to(dtype), None)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            kept = _kept[self] = Packed(weight, bias, source)
+        return kept
+
+
+@cache
+def _packs(dtype: torch.dtype, device: str) -> bool:
+    """Whether oneDNN multiplies by packed weights of this precision here."""
+    if device != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and supported())
+
+
+def generating(run: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """A generator function that runs with packed weights; its caller, in between, does not."""
+
+    @wraps(run)
+    def stepwise(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        steps = run(*args, **kwargs)
+        while True:
+            token = _generating.set(True)
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+            finally:
+                _generating.reset(token)
+            yield step
+
+    return stepwise
