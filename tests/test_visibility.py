@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toys
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -18,6 +19,7 @@ from unified.visibility import (
     BEFORE,
     SAME,
     UP_TO,
+    Coordinates,
     Visibility,
     closure,
     draw,
@@ -186,5 +188,31 @@ def test_long_rows_are_cut_into_tiles_that_change_nothing(monkeypatch):
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
     mask = batch.visibility.dense(batch.coordinates)
-    shown = sum(t.mask.numel() for row in seen.tiles for t in row)
+    keys = k.transpose(1, 2)[:1]
+    cut = [zip(row, range(0, 200, 48), strict=False) for row in seen.tiles]
+    shown = sum(min(48, 200 - at) * t.of(keys).shape[2] for row in cut for t, at in row)
     assert shown < 0.5 * mask.numel()
+
+
+def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
+    """A caption and an image that see each other; then a noisy caption, which sees less."""
+    everyone = Visibility({"t": {"C": {"C": ALL, "I": ALL}, "I": {"C": ALL, "I": ALL}}})
+    some = Visibility({"t": {"C": {"C": ALL}, "I": {"C": ALL, "I": ALL}}})
+    kind = torch.tensor([[everyone.kind_index[k] for k in "CCIIII"]])
+    zero = torch.zeros_like(kind)
+    at = Coordinates(zero, zero, kind, zero)
+    seen = see(everyone, at, backend="sdpa")
+    assert seen.dense is seen.tiles is seen.blocks is None
+    q, k, v = torch.randn(3, 1, 6, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    full = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    torch.testing.assert_close(attend(q, k, v, seen), full.transpose(1, 2))
+    monkeypatch.setattr(attention, "TILE", 2)
+    monkeypatch.setattr(attention, "TILED", 4)
+    ((text, *image),) = see(some, at, backend="sdpa").tiles
+    assert (text.keys, text.mask) == (slice(0, 2), None)
+    assert [(t.keys, t.mask) for t in image] == [(slice(0, 6), None)] * 2
+    part = F.scaled_dot_product_attention(*(x[:, :2].transpose(1, 2) for x in (q, k, v)))
+    tiled = attend(q, k, v, see(some, at, backend="sdpa"))
+    torch.testing.assert_close(
+        tiled, torch.cat([part.transpose(1, 2), full.transpose(1, 2)[:, 2:]], 1)
+    )

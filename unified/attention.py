@@ -35,10 +35,10 @@ TILE, TILED = 128, 256
 @dataclass(frozen=True)
 class Tile:
     """Some queries of one row: the keys that any of them sees, one run or an index [K], and who
-    sees which [q, K]."""
+    sees which [q, K]; None if each sees them all."""
 
     keys: slice | Tensor
-    mask: Tensor
+    mask: Tensor | None
 
     def of(self, x: Tensor) -> Tensor:
         """The keys' part [1, H, K, D] of all [1, H, S, D]."""
@@ -48,7 +48,7 @@ class Tile:
 @dataclass(frozen=True)
 class Seen:
     """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], the tiles of each row,
-    or a block mask."""
+    or a block mask; nothing if every query sees every key."""
 
     dense: Tensor | None = None
     tiles: list[list[Tile]] | None = None
@@ -73,6 +73,8 @@ def see(
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
     if backend == "sdpa":
         mask_RQS = visibility.dense(query, key)
+        if mask_RQS.all():
+            return Seen()
         if mask_RQS.shape[1] < TILED:
             return Seen(dense=mask_RQS[:, None])
         return Seen(tiles=[[_tile(m) for m in row.split(TILE)] for row in mask_RQS.unbind()])
@@ -90,7 +92,8 @@ def _tile(mask_qS: Tensor) -> Tile:
     keys = mask_qS.any(0).nonzero()[:, 0]
     first, stop = (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 0)
     run = slice(first, stop) if stop - first == len(keys) else keys
-    return Tile(run, mask_qS[:, run])
+    mask_qK = mask_qS[:, run]
+    return Tile(run, None if len(keys) and mask_qK.all() else mask_qK)
 
 
 def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor:
@@ -113,7 +116,7 @@ def _by_tile(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> Tensor:
     """The attention of one row [1, H, Q, D], tile by tile."""
     parts = [
         F.scaled_dot_product_attention(part, t.of(k), t.of(v), attn_mask=t.mask)
-        if t.mask.numel()
+        if t.mask is None or t.mask.numel()
         else torch.zeros_like(part)
         for part, t in zip(q.split(TILE, dim=2), tiles, strict=True)
     ]
