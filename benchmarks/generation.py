@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     settings = {"num_steps": args.steps, "guidance_scale": args.guidance}
     generation = Generation(pipeline, args.batch, args.prompt, args.new, **settings)
     if args.compile:
-        machine.compile_blocks(pipeline.prior)
+        pipeline.prior.compile()
     firsts = []
     with machine.autocast(args.dtype):
         first_run = machine.seconds(generation)

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified.prior import Prior, Stream
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: side of the matrices whose product is the machine's limit, and the shortest burst of products
 SIDE, BURST = 1024, 0.05
@@ -108,20 +106,6 @@ def peak_rss_gb() -> float:
 def memory_columns(before: int) -> dict[str, float]:
     """The peak of resident memory, and its part above the `before` that `forget_peak` gave."""
     return {"peak_rss_gb": peak_rss_gb(), "rss_above_gb": peak_rss_gb() - before / GIB}
-
-
-# ---- compiling ----------------------------------------------------------------------------------
-
-
-def compile_blocks(prior: Prior) -> None:
-    """Compile what each block does before attention, and what it does after.
-
-    Attention between them reads the cache, whose state would make a graph of its own for each layer
-    and length. The halves are the same for all layers, and compile once.
-    """
-    for stream in (module for module in prior.modules() if isinstance(module, Stream)):
-        for half in ("qkv", "finish"):
-            setattr(stream, half, torch.compile(getattr(stream, half)))
 
 
 # ---- the command line ---------------------------------------------------------------------------

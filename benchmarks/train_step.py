@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     pipeline = reference.build(args.size)
     pipeline.prior.recompute = args.recompute
     if args.compile:
-        machine.compile_blocks(pipeline.prior)
+        pipeline.prior.compile()
     with machine.autocast(args.dtype):
         step, flops = text_step(pipeline, args.batch, args.seqlen, args.accumulate)
         first = machine.seconds(step)

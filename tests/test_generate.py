@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
+from torch._dynamo.testing import CompileCounter
 
+from unified.cache import KVCache
 from unified.generate import Generator, Request
 from unified.modality import Latent
 from unified.randomness import generator
 from unified.sampler import Sampler
 from unified.sequence import Layout, Sample, Segment, pack
 from unified.solvers import integrate
-from unified.visibility import Visibility
+from unified.visibility import UP_TO, Coordinates, Visibility
 
 BLOCK = 2
 
@@ -182,3 +184,59 @@ def test_what_is_missing_is_named():
         maker.run("captioning", "C", [Request({}, (4,), 0)], Sampler(1))
     with pytest.raises(ValueError, match="this task cannot generate P"):
         maker.run("captioning", "P", [Request({}, (4,), 0)], Sampler(1))
+
+
+# ---- compiled -----------------------------------------------------------------------------------
+
+
+def both(model, other, task: str, sampler: Sampler):
+    """What each of two priors makes of the same requests."""
+    target, requests = REQUESTS[task]
+    made = (
+        Generator(p, toys.layouts(BLOCK)).run(task, target, requests, sampler)
+        for p in (model, other)
+    )
+    return zip(*made, strict=True)
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_a_cache_of_fixed_size_changes_nothing(task: str):
+    model, other = toys.prior(), toys.prior()
+    other.static = True
+    for a, b in both(model, other, task, Sampler(3, 2.0)):
+        torch.testing.assert_close(a.values, b.values, atol=1e-10, rtol=0)
+
+
+def test_a_cache_keeps_within_its_capacity():
+    rule = Visibility({"t": {"C": {"C": UP_TO}}})
+    one = torch.ones(1, 3, dtype=torch.int64)
+    at = Coordinates(0 * one, 0 * one, one, one)
+    cache = KVCache(capacity=5)
+    k, v = cache.room(0, (1, 3, 2, 4), torch.float32, torch.device("cpu")).take(
+        torch.ones(1, 3, 2, 4), torch.ones(1, 3, 2, 4)
+    )
+    assert k.shape == v.shape == (1, 8, 2, 4)
+    assert cache.keys(at).sample.tolist() == [[-1] * 5 + [0] * 3]
+    cache.commit(at)
+    assert cache.keys(at).sample.tolist() == [[0] * 3 + [-1] * 2 + [0] * 3]
+    assert rule.dense(at, cache.keys(at)).sum(-1).tolist() == [[6] * 3]
+    with pytest.raises(ValueError, match="a cache of 5 positions has 3 and cannot hold 3 more"):
+        cache.commit(at)
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+def test_compiled_blocks_share_their_graphs(task: str):
+    """Layers, steps and blocks of one shape are one graph, without a break; results are equal."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    model, compiled = toys.prior(multi=0, single=3), toys.prior(multi=0, single=3)
+    compiled.compile(backend=graphs, fullgraph=True, dynamic=False)
+    for a, b in both(model, compiled, task, Sampler(3, 2.0)):
+        torch.testing.assert_close(a.values, b.values, atol=1e-10, rtol=0)
+    shapes = set()
+    spy = toys.prior(multi=0, single=3)
+    spy.static = True
+    spy.blocks[0].register_forward_hook(lambda _, args, __: shapes.add(args[1].geometry.shape))
+    list(both(model, spy, task, Sampler(3, 2.0)))
+    # a step in which some positions are known looks timesteps up for each of them
+    assert graphs.frame_count <= 2 * len(shapes)

@@ -109,13 +109,13 @@ class _Session:
         self.layout = owner.layouts[task]
         self.target, self.noisy = self.layout[target], noisy_kind(self.layout, target)
         self.context = closure(self.layout.sees, self.noisy) - {self.noisy, target}
-        self.cache = KVCache()
         self.active = list(range(len(requests)))
         self.origins = [self._origin(r) for r in requests]
         self.latents = [self._beginning(r) for r in requests]
         #: latents of the target whose clean keys are in the cache
         self.committed = [self._whole_blocks(len(z)) for z in self.latents]
         self.begun = list(self.committed)
+        self.cache = KVCache(self._capacity() if owner.prior.static else None)
 
     @torch.no_grad()
     def blocks(self, sampler: Sampler, stop: Stop | None) -> Iterator[dict[int, Tensor]]:
@@ -239,6 +239,14 @@ class _Session:
             self.committed[i] = len(self.latents[i])
 
     # ---- where things stand ----
+
+    def _capacity(self) -> int:
+        """Positions that a row of the cache holds at most: what is given, and all of the target."""
+        given = [sum(len(r.given[k].values) for k in self.context) for r in self.requests]
+        known = max(map(sum, zip(given, self.committed, strict=True)), default=0)
+        rest = [math.prod(r.grid) - n for r, n in zip(self.requests, self.committed, strict=True)]
+        blocks = -(-max(rest, default=0) // self.target.block) if self.target.block else 0
+        return known + blocks * (self.target.block or 0)
 
     def _origin(self, request: Request) -> tuple[int, int]:
         """Block clock and position at which the target begins."""

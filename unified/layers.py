@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def rotary_turns(pos_A: Tensor, rope_dim: int, head_dim: int) -> Tensor:
-    """The turns ``exp(i angle)`` [..., 1, D/2], complex, of positions [..., A].
+    """The turns ``exp(i angle)`` [..., 1, D/2, 2], real and imaginary, of positions [..., A].
 
     Frequency j of the first rope_dim / 2 is ``theta^(-2j / rope_dim)`` and belongs to axis
     ``j mod A``; the rest turn by nothing. Text has the same integer on every axis, so for text this
@@ -52,14 +52,18 @@ def rotary_turns(pos_A: Tensor, rope_dim: int, head_dim: int) -> Tensor:
     frequency = ROPE_THETA ** (-2 * j.to(precise) / rope_dim)
     angle_F = (pos_F.to(precise) * frequency)[..., None, :]
     angle_F = F.pad(angle_F, (0, (head_dim - rope_dim) // 2))
-    return torch.polar(torch.ones_like(angle_F), angle_F)
+    return torch.stack([angle_F.cos(), angle_F.sin()], dim=-1)
 
 
 def rotate(x_HD: Tensor, turns: Tensor) -> Tensor:
     """Rotary embedding [..., H, D] of float32 or float64 heads: channels (2j, 2j+1) are one complex
     number, and are multiplied by the j-th turn."""
-    z_HF = torch.view_as_complex(x_HD.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(z_HF * turns.to(z_HF.dtype)).flatten(-2)
+    z_HF2, turns = x_HD.unflatten(-1, (-1, 2)), turns.to(x_HD.dtype)
+    if torch.compiler.is_compiling():  # which knows no complex numbers
+        (a, b), (cos, sin) = z_HF2.unbind(-1), turns.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    turned = torch.view_as_complex(z_HF2) * torch.view_as_complex(turns)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class TimestepEmbedding(nn.Module):

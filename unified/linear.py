@@ -57,7 +57,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or not _generating.get():
             _kept.pop(self, None)
             return after(super().forward(x_NI))
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_NI.dtype
+        dtype = product_dtype(x_NI)
         if not _packs(dtype, x_NI.device.type) or not x_NI.numel():
             return after(super().forward(x_NI))
         weight, bias, _ = self._packed(dtype)
@@ -74,6 +74,12 @@ class Linear(nn.Linear):
             bias = None if self.bias is None else self.bias.to(dtype)
             kept = _kept[self] = Packed(weight, bias, source)
         return kept
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The precision of a product with `x`: its own, or that of autocast."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 @cache

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unified.attention import Seen, attend, see
-from unified.cache import KVCache
+from unified.cache import KVCache, Room
 from unified.config import PriorConfig
 from unified.layers import (
     FeedForward,
@@ -42,7 +43,7 @@ from unified.layers import (
     rotate,
     wide,
 )
-from unified.linear import Linear
+from unified.linear import Linear, product_dtype
 from unified.sequence import PackedBatch
 
 #: name of the single stream that all modalities share
@@ -111,6 +112,16 @@ class Context:
     cache: KVCache | None
 
 
+class Modulation(NamedTuple):
+    """What the branches of one stream in one block are modulated by, per distinct timestep: a shift
+    and a scale [T, 2W] before each, and a gate [T, W] after it."""
+
+    attention_in: Tensor
+    attention_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+
+
 class Stream(nn.Module):
     """The weights with which one block treats one stream."""
 
@@ -128,18 +139,21 @@ class Stream(nn.Module):
         self.proj_out = Linear(inner, width, bias=config.qk_bias)
         self.mlp = FeedForward(width, config.mlp_ratio)
 
-    def qkv(self, x_NW: Tensor, times: Timesteps, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def modulation(self, times: Timesteps) -> Modulation:
+        parts = (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out)
+        return Modulation(*(times.through(part) for part in parts))
+
+    def qkv(self, x_NW: Tensor, by: Modulation, t_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys, and values, each [N, H, D]."""
-        y_NW = modulate(layer_norm(x_NW, self.eps), times.through(self.attention_in), t_N)
+        y_NW = modulate(layer_norm(x_NW, self.eps), by.attention_in, t_N)
         q, k, v = self.proj_qkv(y_NW).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         return self.norm_q(q), self.norm_k(k), v
 
-    def finish(self, x_NW: Tensor, out_NHD: Tensor, times: Timesteps, t_N: Tensor) -> Tensor:
+    def finish(self, x_NW: Tensor, out_NHD: Tensor, by: Modulation, t_N: Tensor) -> Tensor:
         """Add the gated attention branch, then the gated MLP branch."""
-        gate_NW = look_up(times.through(self.attention_out), t_N)
-        x_NW = x_NW + gate_NW * self.proj_out(out_NHD.flatten(-2))
-        y_NW = modulate(layer_norm(x_NW, self.eps), times.through(self.mlp_in), t_N)
-        return x_NW + look_up(times.through(self.mlp_out), t_N) * self.mlp(y_NW)
+        x_NW = x_NW + look_up(by.attention_out, t_N) * self.proj_out(out_NHD.flatten(-2))
+        y_NW = modulate(layer_norm(x_NW, self.eps), by.mlp_in, t_N)
+        return x_NW + look_up(by.mlp_out, t_N) * self.mlp(y_NW)
 
 
 class Block(nn.Module):
@@ -147,25 +161,35 @@ class Block(nn.Module):
 
     def __init__(self, config: PriorConfig, streams: list[str], layer: int):
         super().__init__()
-        self.layer = layer
+        self.layer, self.head = layer, (config.heads, config.head_dim)
         self.streams = nn.ModuleDict({name: Stream(config) for name in streams})
 
     def forward(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
-        parts = {
-            m: self.streams[m].qkv(x_NW, context.times, context.t[m])  # type: ignore[operator]
-            for m, x_NW in x.items()
-        }
-        at = context.geometry
+        by = {m: self.streams[m].modulation(context.times) for m in x}  # type: ignore[operator]
+        at, room, some = context.geometry, None, next(iter(x.values()))
+        if context.cache is not None:
+            shape = (*at.shape, *self.head)
+            room = context.cache.room(self.layer, shape, product_dtype(some), some.device)
+        return self.mix(x, by, context.t, at, room)
+
+    def mix(
+        self,
+        x: dict[str, Tensor],
+        by: dict[str, Modulation],
+        t: Mapping[str, Tensor],
+        at: Geometry,
+        room: Room | None,
+    ) -> dict[str, Tensor]:
+        """The streams [N, W] through attention and MLP; the same graph for every block."""
+        parts = {m: self.streams[m].qkv(x[m], by[m], t[m]) for m in x}  # type: ignore[operator]
         q, k, v = (gather_rows({m: p[i] for m, p in parts.items()}, at) for i in range(3))
         q, k = rotate(q, at.turns), rotate(k, at.turns)
-        if context.cache is not None:
-            k, v = context.cache.read(self.layer, k, v)
+        if room is not None:
+            k, v = room.take(k, v)
         out = attend(q, k, v, at.seen).flatten(0, 1)
         return {
-            m: self.streams[m].finish(  # type: ignore[operator]
-                x_NW, out[at.where[m]], context.times, context.t[m]
-            )
-            for m, x_NW in x.items()
+            m: self.streams[m].finish(x[m], out[at.where[m]], by[m], t[m])  # type: ignore[operator]
+            for m in x
         }
 
 
@@ -195,6 +219,8 @@ class Prior(nn.Module):
         self.config, self.channels = config, dict(channels)
         #: keep only what goes into each block for the backward pass: less memory, more work
         self.recompute = False
+        #: rows and caches of generation are to have few different shapes: `compile` was called
+        self.static = False
         self.project_in = nn.ModuleDict({m: Linear(c, config.width) for m, c in channels.items()})
         self.timestep = TimestepEmbedding(config.width)
         depth = config.multi_stream_depth + config.single_stream_depth
@@ -218,6 +244,13 @@ class Prior(nn.Module):
         for head in (m for m in self.modules() if isinstance(m, Head)):
             nn.init.zeros_(head.modulation.weight)
             nn.init.zeros_(head.proj.weight)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the blocks (regional compilation: they share their graphs), as `torch.compile`
+        with these options does."""
+        for block in self.blocks:
+            setattr(block, "mix", torch.compile(block.mix, *args, **options))
+        self.static = True
 
     def forward(
         self,
@@ -243,12 +276,13 @@ class Prior(nn.Module):
         """Where the positions of `batch` are, behind what is committed to `cache`."""
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         rows, length = batch.shape
+        turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
         return Geometry(
             shape=batch.shape,
             where={
                 m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
             },
-            turns=rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim),
+            turns=wide(turns.to(self.timestep.proj_in.weight.dtype)),
             seen=see(batch.visibility, batch.coordinates, keys),
         )
 
