@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,54 @@ def test_compiled_flex_agrees():
         flex = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="flex"))
     held = batch.coordinates.sample >= 0
     torch.testing.assert_close(flex[held], dense[held], atol=1e-6, rtol=1e-5)
+
+
+def by_hand(q, k, v, query_starts, key_starts, longest_query, longest_key):
+    """What a kernel for runs of several lengths gives, run by run; it knows no empty run."""
+    out, bounds = (
+        [],
+        zip(pairwise(query_starts.tolist()), pairwise(key_starts.tolist()), strict=True),
+    )
+    for (a, b), (c, d) in bounds:
+        assert b - a <= longest_query
+        assert d - c <= longest_key
+        parts = (x.float().transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
+        found = F.scaled_dot_product_attention(*parts).transpose(0, 1)
+        out.append(found.to(q.dtype) if d > c else torch.full_like(q[a:b], torch.nan))
+    return torch.cat(out)
+
+
+DEVICES = ["cpu"] + (["accelerator"] if torch.accelerator.is_available() else [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_runs_of_queries_see_what_the_mask_shows(monkeypatch, device):
+    """On a CPU, which has no such kernel, with one written by hand."""
+    if device == "cpu":
+        monkeypatch.setattr(attention, "_varlen", lambda kind: by_hand)
+    else:
+        device = torch.accelerator.current_accelerator()
+    layouts = toys.layouts()
+    batch = toys.batch(toys.samples(10), layouts).to(device)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, *batch.shape, 2, 16, generator=g).to(device, torch.bfloat16).unbind(0)
+    seen = see(batch.visibility, batch.coordinates, backend="varlen")
+    dense = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="sdpa"))
+    torch.testing.assert_close(attend(q, k, v, seen), dense, atol=0.02, rtol=0.02)
+    mask = batch.visibility.dense(batch.coordinates)
+    assert seen.runs.keys.numel() < mask.sum()
+    lengths = seen.runs.query_starts.diff() * seen.runs.key_starts.diff()
+    assert lengths.sum() == mask.sum()
+
+
+def test_varlen_says_what_it_needs():
+    batch = toys.batch(toys.samples(1), toys.layouts())
+    seen = see(batch.visibility, batch.coordinates, backend="varlen")
+    x = torch.randn(*batch.shape, 2, 8)
+    with pytest.raises(ValueError, match="bfloat16 or float16, found float32"):
+        attend(x, x, x, seen)
+    with pytest.raises(ValueError, match="needs an accelerator with FlashAttention, not cpu"):
+        attend(*[x.bfloat16()] * 3, seen)
 
 
 def test_unknown_backend_is_a_sentence():

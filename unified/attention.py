@@ -1,15 +1,19 @@
 """Attention behind one call: `attend(q, k, v, seen)`.
 
 `see` turns a visibility rule and two sets of coordinates into what a backend needs, once per
-forward pass; every layer then shares it. Two backends give equal results:
+forward pass; every layer then shares it. Three backends give equal results:
 
 * ``sdpa``: PyTorch's scaled-dot-product attention under a dense boolean mask. Runs and trains on
   every device; its cost is dense in the row length, so long rows are cut into tiles of queries,
   each of which is shown just the keys that one of them sees.
 * ``flex``: FlexAttention with a block mask, which skips invisible blocks. On the CPU it has no
   backward pass, so there it is for inference only.
+* ``varlen``: FlashAttention over runs of queries that see the same keys, which are gathered for
+  each run; nothing hidden is computed. Best where runs are long: images, and generation. It needs
+  an accelerator, and bfloat16 or float16.
 
-Shape legend: R rows, Q query positions, S key positions, H heads, D channels of a head.
+Shape legend: R rows, Q query positions, S key positions, H heads, D channels of a head, n runs,
+K keys of all runs.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from unified.visibility import Coordinates, Visibility
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-BACKENDS = ("sdpa", "flex")
+BACKENDS = ("sdpa", "flex", "varlen")
 #: queries of a tile, and from how many queries on a row is cut into tiles
 TILE, TILED = 128, 256
 
@@ -46,13 +50,26 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Runs of queries, in the order of the rows, that see the same keys: an index [K] of the keys
+    of one run after the other into all R * S, where the queries and the keys of each run begin
+    [n + 1], and the length of the longest of each."""
+
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    longest: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Seen:
     """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], the tiles of each row,
-    or a block mask; nothing if every query sees every key."""
+    a block mask, or runs; nothing if every query sees every key."""
 
     dense: Tensor | None = None
     tiles: list[list[Tile]] | None = None
     blocks: BlockMask | None = None
+    runs: Runs | None = None
 
 
 def default_backend(device: torch.device) -> str:
@@ -78,14 +95,12 @@ def see(
         if mask_RQS.shape[1] < TILED:
             return Seen(dense=mask_RQS[:, None])
         return Seen(tiles=[[_tile(m) for m in row.split(TILE)] for row in mask_RQS.unbind()])
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows, queries = query.sample.shape
-    rule = visibility.mask_mod(query, key)
-    device = str(query.sample.device)
-    return Seen(
-        blocks=create_block_mask(rule, rows, None, queries, key.sample.shape[1], device=device)
-    )
+    if backend == "varlen":
+        return Seen(runs=_runs(visibility, query, key))
+    (rows, queries), device = query.sample.shape, query.sample.device
+    rule, keys = visibility.mask_mod(query, key), key.sample.shape[1]
+    make = _block_masks(device.type)
+    return Seen(blocks=make(rule, rows, None, queries, keys, device=str(device)))
 
 
 def _tile(mask_qS: Tensor) -> Tile:
@@ -96,12 +111,34 @@ def _tile(mask_qS: Tensor) -> Tile:
     return Tile(run, None if len(keys) and mask_qK.all() else mask_qK)
 
 
+def _runs(visibility: Visibility, query: Coordinates, key: Coordinates) -> Runs:
+    """Positions that stand together and have the same coordinates see the same."""
+    fields = torch.stack([query.sample, query.table, query.kind, query.block])
+    begins_RQ = torch.ones_like(query.sample, dtype=torch.bool)
+    begins_RQ[:, 1:] = (fields[:, :, 1:] != fields[:, :, :-1]).any(0)
+    row_n, at_n = begins_RQ.nonzero().unbind(1)
+    seen_nS = visibility.dense(
+        query.map(lambda t: t[row_n, at_n, None]), key.map(lambda t: t[row_n])
+    )[:, 0]
+    run_K, at_K = seen_nS.nonzero().unbind(1)
+    keys_n = seen_nS.sum(1)
+    starts = F.pad(begins_RQ.flatten().nonzero()[:, 0], (0, 1), value=begins_RQ.numel())
+    return Runs(
+        keys=row_n[run_K] * seen_nS.shape[1] + at_K,
+        query_starts=starts.int(),
+        key_starts=F.pad(keys_n.cumsum(0), (1, 0)).int(),
+        longest=(int(starts.diff().max()), int(keys_n.max())),
+    )
+
+
 def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor:
     """Softmax attention [R, Q, H, D], scores scaled by 1/sqrt(D). A query that sees nothing gets 0.
 
     Computed in the dtype of `v_RSHD`; the backends accumulate the softmax in at least float32.
     """
     q, k, v = (x.to(v_RSHD.dtype).transpose(1, 2) for x in (q_RQHD, k_RSHD, v_RSHD))
+    if seen.runs is not None:
+        return _by_run(*(x.transpose(1, 2) for x in (q, k, v)), seen.runs)
     if seen.blocks is not None:
         out = _flex(q.device.type)(q, k, v, block_mask=seen.blocks)
     elif seen.tiles is not None:
@@ -121,6 +158,40 @@ def _by_tile(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> Tensor:
         for part, t in zip(q.split(TILE, dim=2), tiles, strict=True)
     ]
     return torch.cat(parts, dim=2)
+
+
+def _by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+    """The attention of rows [R, Q, H, D], run by run in one call."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            "varlen attention computes in bfloat16 or float16, found"
+            f" {str(q.dtype).removeprefix('torch.')}: use autocast, or another backend"
+        )
+    k, v = (x.flatten(0, 1).index_select(0, runs.keys) for x in (k, v))
+    out = _varlen(q.device.type)(
+        q.flatten(0, 1), k, v, runs.query_starts, runs.key_starts, *runs.longest
+    )
+    blind_n = runs.key_starts.diff() == 0
+    blind = blind_n.repeat_interleave(runs.query_starts.diff(), output_size=len(out))
+    return out.masked_fill(blind[:, None, None], 0).unflatten(0, q.shape[:2])
+
+
+@cache
+def _varlen(device: str) -> Any:
+    """FlashAttention as PyTorch has it. ValueError on a device without it."""
+    if device in ("cpu", "mps"):
+        raise ValueError(f"varlen attention needs an accelerator with FlashAttention, not {device}")
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+@cache
+def _block_masks(device: str) -> Any:
+    """How block masks are made; compiled, all pairs are never written down."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask if device == "cpu" else torch.compile(create_block_mask)
 
 
 @cache

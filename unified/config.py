@@ -241,6 +241,10 @@ class TrainingConfig(Part):
     shard_size: int | None = Field(None, gt=0)
     #: compute each block of the prior again in the backward pass instead of keeping its inside
     activation_checkpointing: bool = False
+    #: how the prior attends (`unified.attention`); auto is flex on an accelerator, else sdpa
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    #: compile the prior's blocks, which share their graphs
+    compile: bool = False
     #: newest checkpoints of a stage that are kept, beside the best
     keep_checkpoints: int = Field(2, gt=0)
     #: write checkpoints while the next steps run

@@ -219,6 +219,8 @@ class Prior(nn.Module):
         self.config, self.channels = config, dict(channels)
         #: keep only what goes into each block for the backward pass: less memory, more work
         self.recompute = False
+        #: the backend of `unified.attention`; None takes the device's default
+        self.attention: str | None = None
         #: rows and caches of generation are to have few different shapes: `compile` was called
         self.static = False
         self.project_in = nn.ModuleDict({m: Linear(c, config.width) for m, c in channels.items()})
@@ -249,7 +251,7 @@ class Prior(nn.Module):
         """Compile the blocks (regional compilation: they share their graphs), as `torch.compile`
         with these options does."""
         for block in self.blocks:
-            setattr(block, "mix", torch.compile(block.mix, *args, **options))
+            block.mix = torch.compile(block.mix, *args, **options)
         self.static = True
 
     def forward(
@@ -283,7 +285,7 @@ class Prior(nn.Module):
                 m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
             },
             turns=wide(turns.to(self.timestep.proj_in.weight.dtype)),
-            seen=see(batch.visibility, batch.coordinates, keys),
+            seen=see(batch.visibility, batch.coordinates, keys, self.attention),
         )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:

@@ -243,7 +243,11 @@ def _joint(
     """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
     anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
     learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
-    pipeline.prior.recompute = config.training.activation_checkpointing
+    training = config.training
+    pipeline.prior.recompute = training.activation_checkpointing
+    pipeline.prior.attention = None if training.attention == "auto" else training.attention
+    if training.compile:
+        pipeline.prior.compile()
     return JointObjective(
         pipeline.prior,
         pipeline.modalities,
