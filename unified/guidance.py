@@ -3,12 +3,16 @@
 Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are guiders of
 diffusers, applied to each block by itself and to what is unknown of it.
 
+Two shortcuts skip passes of the network, and change the result a little. Guidance may hold the
+difference ``v_c - v_u`` for some steps, and a block may hold its whole velocity once it has settled.
+
 Shape legend: N positions of all blocks being denoised, n positions of one block, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -45,18 +49,23 @@ def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
     return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
 
 
+#: rows -> their two batches; see `GuidedVelocity`
+Batches = Callable[[Sequence[int]], tuple[PackedBatch, PackedBatch | None]]
+
+
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
-    `lengths` are those of the blocks, in the order of the two `batches`: the blocks alone as
-    `kind`, and, if they are to be guided, each with its unconditional copy. ``known[i]`` positions
-    of block i are held clean, at t = 0. `times` are those of the whole schedule.
+    `lengths` are those of the blocks. Of those that it is told, `batches` makes two batches: the
+    blocks alone as `kind`, and, if they are to be guided, each with its unconditional copy.
+    ``known[i]`` positions of block i are held clean, at t = 0. `times` are those of the whole
+    schedule.
     """
 
     def __init__(
         self,
         prior: Prior,
-        batches: tuple[PackedBatch, PackedBatch | None],
+        batches: Batches,
         cache: KVCache,
         lengths: Sequence[int],
         known: Sequence[int],
@@ -66,20 +75,48 @@ class GuidedVelocity:
         times: Timesteps,
     ):
         self.prior, self.cache, self.sampler, self.times = prior, cache, sampler, times
-        self.plain, self.both = batches
         self.modality, self.kind, self.lengths = modality, kind, list(lengths)
+        self.batches, self.rows = batches, list(range(len(self.lengths)))
+        self.plain, self.both = batches(self.rows)
         time = self.plain.time_RL
         unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
         self.unknown_N = torch.cat(unknown).to(time)
         self.known = list(known)
         self.guider = guider(sampler) if sampler.guider in GUIDERS else None
         self.schedule = schedule(sampler.num_steps, time, sampler.time_shift)
+        guided = [float(t) for t in self.schedule if sampler.guides(t)]
+        #: when the unconditional pass is made; in between, v_c - v_u is what it was
+        self.fresh = guided[:: sampler.unconditional_every]
+        self.difference_NC: Tensor | None = None
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
             return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
-        v_c, v_u = self._velocities(self.both, z_NC, t)
+        if self.difference_NC is None or any(abs(float(t) - f) < NEAR for f in self.fresh):
+            v_c, v_u = self._velocities(self.both, z_NC, t)
+            self.difference_NC = v_c - v_u
+        else:
+            (v_c,) = self._velocities(self.plain, z_NC, t)
+            v_u = v_c - self.difference_NC
         return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
+
+    def only(self, rows: Sequence[int]) -> GuidedVelocity:
+        """The same of these blocks alone."""
+
+        def chosen(x: Tensor) -> Tensor:
+            parts = x.split(self.lengths)
+            return torch.cat([parts[row] for row in rows])
+
+        part = copy(self)
+        part.rows, part.lengths, part.known = (
+            [x[row] for row in rows] for x in (self.rows, self.lengths, self.known)
+        )
+        part.plain, part.both = self.batches(part.rows)
+        part.cache = self.cache.rows(torch.tensor(rows, device=self.unknown_N.device))
+        part.unknown_N = chosen(self.unknown_N)
+        if self.difference_NC is not None:
+            part.difference_NC = chosen(self.difference_NC)
+        return part
 
     def _velocities(self, batch: PackedBatch, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """Conditional velocity [N, C], and the unconditional one if `batch` has the copies."""
@@ -108,3 +145,41 @@ class GuidedVelocity:
         for c, u, guided, k in zip(*blocks, self.known, strict=True):
             guided[k:] = self.guider.forward(c[None, k:], u[None, k:]).pred[0]
         return out
+
+
+class Settling:
+    """`field`, but a block whose velocity has settled keeps it, and costs no more passes.
+
+    Settled is a velocity v that has changed by less than `settle` since the timestep before:
+    ``|v - v_before| < settle |v|``, over the unknown positions of the block. It then leads in a
+    straight line to t = 0.
+    """
+
+    def __init__(self, field: GuidedVelocity, settle: float):
+        self.field, self.settle, self.lengths = field, settle, list(field.lengths)
+        self.going = list(range(len(self.lengths)))
+        self.t: Tensor | None = None
+        self.v: dict[int, Tensor] = {}
+
+    def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
+        if self.going:
+            blocks = z_NC.split(self.lengths)
+            z = torch.cat([blocks[i] for i in self.going])
+            found = dict(zip(self.going, self.field(z, t).split(self.field.lengths), strict=True))
+            # the second evaluation of a step of Heun's has the timestep of the next one's first
+            later = self.t is not None and bool(t < self.t)
+            settled = [later and self._settled(self.v[i], v) for i, v in found.items()]
+            self.v |= found
+            self.t = t
+            self._leave(settled)
+        return torch.cat([self.v[i] for i in range(len(self.lengths))])
+
+    def _settled(self, before: Tensor, v: Tensor) -> bool:
+        return bool((v - before).norm() < self.settle * v.norm())
+
+    def _leave(self, settled: Sequence[bool]) -> None:
+        """Go on without the blocks that have settled."""
+        stay = [row for row, done in enumerate(settled) if not done]
+        if stay and len(stay) < len(self.going):
+            self.field = self.field.only(stay)
+        self.going = [self.going[row] for row in stay]
