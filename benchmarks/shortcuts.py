@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import batched
 from typing import Any
 
 import machine
@@ -81,7 +80,7 @@ class Case:
     measure: Callable[[list[Any]], Measured]
 
 
-# ---- what is asked for ----------------------------------------------------------------------------
+# ---- what is asked for --------------------------------------------------------------------------
 
 
 class Cases:
@@ -168,7 +167,7 @@ def flat(splits: Sequence[Sequence[Any]]) -> list[Any]:
     return [example for split in splits for example in split]
 
 
-# ---- what is made ---------------------------------------------------------------------------------
+# ---- what is made -------------------------------------------------------------------------------
 
 
 class Recorded(Generator):
@@ -204,9 +203,10 @@ def make(model: UnifiedPipeline, case: Case, setting: str, batch: int) -> Made:
     latents: list[Tensor] = []
     counts: list[int] = []
     hook = model.prior.register_forward_hook(lambda _, args, __: counts.append(positions(args[0])))
-    for places in batched(range(len(case.wishes)), batch):
-        items += runner.run([case.wishes[i] for i in places], settings, places)
-        latents += [recorded.first[i] for i in range(len(places))]
+    for start in range(0, len(case.wishes), batch):
+        wishes = case.wishes[start : start + batch]
+        items += runner.run(wishes, settings, [start + i for i in range(len(wishes))])
+        latents += [recorded.first[i] for i in range(len(wishes))]
     hook.remove()
     return Made(items, latents, sum(counts))
 
@@ -221,7 +221,7 @@ def chosen(model: UnifiedPipeline, setting: str) -> GenerationConfig:
     return validated(GenerationConfig, own | parse_settings(setting.split()))
 
 
-# ---- the table ------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 
 def compare(

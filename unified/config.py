@@ -309,9 +309,9 @@ class GenerationConfig(Part):
         held = self.unconditional_every > 1 or self.settle > 0
         if self.first_block == "partial" and held:
             raise ValueError(
-                f"unconditional_every is {self.unconditional_every} and settle is {self.settle}, but"
-                " with first_block partial there is nothing to hold on to from step to step: each"
-                " draws fresh noise; leave them at 1 and 0"
+                f"unconditional_every is {self.unconditional_every} and settle {self.settle}, but"
+                " the steps of first_block partial draw fresh noise, so that nothing can be held"
+                " from one to the next: leave them at 1 and 0"
             )
         return self
 

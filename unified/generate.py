@@ -187,7 +187,8 @@ class _Session:
         def batches(rows: Sequence[int]) -> tuple[PackedBatch, PackedBatch | None]:
             samples = [starts[row].sample(self.task, self.noisy) for row in rows]
             plain = self._batch(samples, Layout((alone,), {}))
-            return plain, self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
+            both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
+            return plain, both
 
         lengths = [len(s.noise) for s in starts]
         prior = self.owner.prior

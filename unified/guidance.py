@@ -3,8 +3,8 @@
 Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are guiders of
 diffusers, applied to each block by itself and to what is unknown of it.
 
-Two shortcuts skip passes of the network, and change the result a little. Guidance may hold the
-difference ``v_c - v_u`` for some steps, and a block may hold its whole velocity once it has settled.
+Two shortcuts skip passes of the network, and change the result a little: guidance may hold the
+difference ``v_c - v_u`` for some steps, and a block its whole velocity once that has settled.
 
 Shape legend: N positions of all blocks being denoised, n positions of one block, C channels.
 """
