@@ -47,25 +47,28 @@ from unified.inference import Inference, Wish
 from unified.pipeline import UnifiedPipeline
 from unified.training.stages import Sources
 
-#: the model's own settings, then each shortcut by itself, then two together
+#: the model's own settings, then each shortcut by itself, then several together
 SETTINGS = [
     "",
-    "guidance_interval=[0,0.8]",
     "guidance_interval=[0.2,1]",
-    "guidance_interval=[0.2,0.8]",
+    "guidance_interval=[0.4,1]",
+    "guidance_interval=[0,0.8]",
     "unconditional_every=2",
     "unconditional_every=4",
+    "settle=0.02",
     "settle=0.05",
-    "settle=0.1",
-    "settle=0.2",
     "num_steps=8",
+    "solver=heun num_steps=8",
     "solver=heun num_steps=4",
+    "solver=ab2",
     "solver=ab2 num_steps=8",
     "solver=ab2 num_steps=6",
+    "solver=ab2 unconditional_every=2",
     "solver=ab2 num_steps=8 unconditional_every=2",
+    "solver=ab2 num_steps=8 unconditional_every=2 settle=0.02",
 ]
 #: how finely the flow is integrated for what the others are compared with
-FINE = "solver=euler time_shift=1 num_steps={}"
+FINE = "solver=ab2 time_shift=1 num_steps={}"
 
 #: measure -> its value for each output
 Measured = dict[str, list[float]]
@@ -297,7 +300,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, default=60, help="examples of each held-out split")
     made.add_argument("--batch", type=int, default=20, help="made at once")
     made.add_argument("--repeats", type=int, default=3, help="turns, of which the best counts")
-    made.add_argument("--fine-steps", type=int, default=256, help="of the fine integration")
+    made.add_argument("--fine-steps", type=int, default=128, help="of the fine integration")
     return made
 
 

@@ -239,6 +239,24 @@ def test_when_all_have_settled_there_are_no_more_passes() -> None:
     assert field.asked == ["ab", "ab"]
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_block_has_settled_when_a_straight_line_misses_by_little(shift: float) -> None:
+    """v = 4 + t: from t on, a straight line misses by t^2 / 2, whatever the steps are."""
+    asked: list[float] = []
+
+    class Linear:
+        lengths = [1]
+
+        def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+            asked.append(float(t))
+            return 4 + t.expand(1, 1)
+
+    field: Any = Linear()
+    integrate(Settling(field, 0.02), torch.zeros(1, 1), 20, shift=shift)
+    close = [t for t in schedule(20, torch.zeros(1), shift).tolist() if t**2 / 2 < 0.02 * (4 + t)]
+    assert asked[-1] == close[0]
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("change", [{"settle": 0.3}, {"settle": 0.3, "unconditional_every": 3}])
 def test_a_shortcut_does_not_depend_on_the_batch(solver: str, change: dict[str, Any]) -> None:

@@ -267,8 +267,8 @@ class GenerationConfig(Part):
     time_shift: float = Field(1.0, gt=0, allow_inf_nan=False)
     #: rounding of the timestep that the network sees
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
-    #: a block whose velocity has changed by less than this share of itself since the step before
-    #: goes straight to its end; 0 takes every step
+    #: a block goes straight on to its end when that should miss it by less than this share of its
+    #: velocity, from how that changes (`unified.guidance.Settling`); 0 takes every step
     settle: float = Field(0.0, ge=0, lt=1)
     #: v_u + guidance_scale (v_c - v_u) or another guider's rule, for t within the interval; at
     #: scale 1 and outside the interval there is no unconditional pass, and within it one in so many

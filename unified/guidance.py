@@ -92,7 +92,8 @@ class GuidedVelocity:
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
             return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
-        if self.difference_NC is None or any(abs(float(t) - f) < NEAR for f in self.fresh):
+        now = float(t)
+        if self.difference_NC is None or any(abs(now - f) < NEAR for f in self.fresh):
             v_c, v_u = self._velocities(self.both, z_NC, t)
             self.difference_NC = v_c - v_u
         else:
@@ -150,9 +151,10 @@ class GuidedVelocity:
 class Settling:
     """`field`, but a block whose velocity has settled keeps it, and costs no more passes.
 
-    Settled is a velocity v that has changed by less than `settle` since the timestep before:
-    ``|v - v_before| < settle |v|``, over the unknown positions of the block. It then leads in a
-    straight line to t = 0.
+    A velocity v that is kept from t on leads straight to ``z - t v``. If it went on changing as it
+    has since the timestep before, at the rate ``v' = (v - v_before) / (t - t_before)``, the block
+    would end ``t^2 |v'| / 2`` from there. Settled is a block for which that is less than
+    `settle` of ``|v|``, both over its unknown positions.
     """
 
     def __init__(self, field: GuidedVelocity, settle: float):
@@ -167,19 +169,17 @@ class Settling:
             z = torch.cat([blocks[i] for i in self.going])
             found = dict(zip(self.going, self.field(z, t).split(self.field.lengths), strict=True))
             # the second evaluation of a step of Heun's has the timestep of the next one's first
-            later = self.t is not None and bool(t < self.t)
-            settled = [later and self._settled(self.v[i], v) for i, v in found.items()]
+            if self.t is not None and t < self.t:
+                share = self.settle * 2 * (self.t - t) / t**2
+                changes = {i: v - self.v[i] for i, v in found.items()}
+                self._leave([i for i, v in found.items() if changes[i].norm() < share * v.norm()])
             self.v |= found
             self.t = t
-            self._leave(settled)
         return torch.cat([self.v[i] for i in range(len(self.lengths))])
 
-    def _settled(self, before: Tensor, v: Tensor) -> bool:
-        return bool((v - before).norm() < self.settle * v.norm())
-
-    def _leave(self, settled: Sequence[bool]) -> None:
+    def _leave(self, settled: Sequence[int]) -> None:
         """Go on without the blocks that have settled."""
-        stay = [row for row, done in enumerate(settled) if not done]
-        if stay and len(stay) < len(self.going):
+        stay = [row for row, i in enumerate(self.going) if i not in settled]
+        if stay and settled:
             self.field = self.field.only(stay)
         self.going = [self.going[row] for row in stay]
