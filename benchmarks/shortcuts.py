@@ -5,7 +5,8 @@
 
 Every setting makes the same things from the same noise: images of held-out captions, captions of
 held-out images, continuations of held-out prose, each task of the three that the model has. It is
-set beside the model's own settings, which come first:
+set beside the model's own settings, which come first. A row of the table is one setting, with the
+tasks in that order; with ``--json`` it is one setting of one task.
 
 * `time` is that of the whole way from items to items, over the first row's. Settings take turns,
   and the best turn of each counts. `positions` is how many the prior has denoised, over the first's
@@ -101,13 +102,12 @@ class Cases:
         return (case() for task, case in made.items() if task in self.model.tasks)
 
     def painting(self) -> Case:
-        everyone = self._held_out(PAINTING, read_emoji)
-        own = self._chosen(everyone)
-        some = [flat(everyone)[i] for i in own]
+        everyone, own = self._held_out(PAINTING, read_emoji)
+        some = [everyone[i] for i in own]
         image = self.model.modalities[IMAGE]
         wishes = [Wish({"C": e.caption}, image.observe(e.image).shape[1:]) for e in some]
-        reference_RD, styles = self._vectors(flat(everyone)), [e.style for e in flat(everyone)]
-        shown = read_emoji(self._source(PAINTING, "train"), self.model.modalities)
+        reference_RD, styles = self._vectors(everyone), [e.style for e in everyone]
+        shown = read_emoji(self.sources(self._source(PAINTING)), self.model.modalities)
         known_RD, known = self._vectors(shown), [e.style for e in shown]
 
         def measure(images: list[Any]) -> Measured:
@@ -121,8 +121,8 @@ class Cases:
         return Case(PAINTING, wishes, measure)
 
     def captioning(self) -> Case:
-        everyone = self._held_out(CAPTIONING, read_emoji)
-        some = [flat(everyone)[i] for i in self._chosen(everyone)]
+        everyone, own = self._held_out(CAPTIONING, read_emoji)
+        some: list[Emoji] = [everyone[i] for i in own]
         told = self.model.tasks[CAPTIONING].config.instruction
         size = self.model.config.generation.max_new_tokens
 
@@ -137,37 +137,30 @@ class Cases:
 
     def continuation(self) -> Case:
         text: Any = self.model.modalities[TEXT]
-        passages = self._held_out(
+        passages, own = self._held_out(
             CONTINUATION, lambda source, _: [text.read(e.members["txt"]) for e in source]
         )
-        some = [flat(passages)[i] for i in self._chosen(passages)]
-        prompts = [" ".join(passage.split()[:PROMPT_WORDS]) for passage in some]
+        prompts = [" ".join(passages[i].split()[:PROMPT_WORDS]) for i in own]
         size = self.model.config.generation.max_new_tokens
         return Case(CONTINUATION, [Wish({"C": p}, size) for p in prompts], lambda _: {})
 
-    def _source(self, task: str, split: str) -> Any:
+    def _source(self, task: str) -> str:
         (source,) = self.model.tasks[task].config.sources
-        return self.sources(source, split)
+        return source
 
-    def _held_out(self, task: str, read: Callable[[Any, Any], list[Any]]) -> list[list[Any]]:
-        """The examples of each held-out split."""
-        (source,) = self.model.tasks[task].config.sources
-        splits = self.sources.config.data.sources[source].all_splits.keys() - {"train"}
-        return [read(self.sources(source, s), self.model.modalities) for s in sorted(splits)]
-
-    def _chosen(self, splits: Sequence[Sequence[Any]]) -> list[int]:
-        """The first of each split, by their place among all."""
-        starts = [sum(map(len, splits[:i])) for i in range(len(splits))]
-        sizes = [min(len(split), self.count) for split in splits]
-        return [s + i for s, n in zip(starts, sizes, strict=True) for i in range(n)]
+    def _held_out(self, task: str, read: Callable[..., list[Any]]) -> tuple[list[Any], list[int]]:
+        """The examples of all held-out splits, and the places of the first `count` of each."""
+        source, everyone, own = self._source(task), list[Any](), list[int]()
+        splits = self.sources.config.data.sources[source].all_splits
+        for split in (name for name in splits if name != "train"):
+            found = read(self.sources(source, split), self.model.modalities)
+            own += range(len(everyone), len(everyone) + min(len(found), self.count))
+            everyone += found
+        return everyone, own
 
     def _vectors(self, emoji: Sequence[Emoji]) -> Tensor:
         image = self.model.modalities[IMAGE]
         return latent_vectors(image, [image.observe(common(e.image)) for e in emoji])
-
-
-def flat(splits: Sequence[Sequence[Any]]) -> list[Any]:
-    return [example for split in splits for example in split]
 
 
 # ---- what is made -------------------------------------------------------------------------------
@@ -281,14 +274,32 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose changes stand with their intervals in one cell."""
-    bounds = {name.removesuffix(" low") for name in row if name.endswith(" low")}
-    out = {k: v for k, v in row.items() if not k.endswith((" low", " high"))}
-    for name in bounds:
-        mid, low, high = (row[f"{name} {part}"] for part in ("change", "low", "high"))
-        out[f"{name} change"] = f"{mid:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return out
+def by_setting(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The rows of one setting in one: tasks in turn, and changes with their intervals."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["setting"], []).append(row)
+    return [
+        {
+            "setting": setting,
+            **{
+                name: " / ".join(f"{row[name]:.3f}" for row in group if name in row)
+                for name in ("time", "positions", "distance", "text distance")
+            },
+            **{
+                f"{row['task']}: {name}": interval(row, name)
+                for row in group
+                for name in (key.removesuffix(" low") for key in row if key.endswith(" low"))
+            },
+        }
+        for setting, group in groups.items()
+    ]
+
+
+def interval(row: Mapping[str, Any], name: str) -> str:
+    """The change of a measure; of what nothing changed, the measure itself."""
+    change, low, high = (row[f"{name} {part}"] for part in ("change", "low", "high"))
+    return f"{change:+.3f} [{low:+.3f}, {high:+.3f}]" if low < high else f"{row[name]:.3f}"
 
 
 def options() -> argparse.ArgumentParser:
@@ -316,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.task is None or case.task in args.task
         for row in compare(model, case, settings, args)
     ]
-    machine.show(rows if args.json else [readable(row) for row in rows], args)
+    machine.show(rows if args.json else by_setting(rows), args)
 
 
 if __name__ == "__main__":

@@ -127,8 +127,11 @@ def test_shortcuts_are_set_beside_the_models_own_settings(emoji_model, capsys):
         assert all(own[key] == 0 for key in own if key.endswith((" change", " low", " high")))
     assert {"style", "retrieved"} <= rows[0].keys()
     assert {"style", "name distance", "text distance"} <= rows[2].keys()
-    scripts.load("shortcuts").main([*emoji_model, *brief, "--task", "captioning"])
-    assert "+0.000 [+0.000, +0.000]" in capsys.readouterr().out
+    scripts.load("shortcuts").main([*emoji_model, *brief])
+    *_, head, _, own, coarse = capsys.readouterr().out.splitlines()
+    assert "| captioning: name distance |" in head
+    assert "| 1.000 / 1.000 / 1.000 |" in own
+    assert "| num_steps=1 |" in coarse
 
 
 def test_a_shortcut_that_makes_no_sense_is_named(emoji_model):

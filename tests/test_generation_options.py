@@ -245,7 +245,7 @@ def test_a_block_has_settled_when_a_straight_line_misses_by_little(shift: float)
     asked: list[float] = []
 
     class Linear:
-        lengths = [1]
+        lengths = (1,)
 
         def __call__(self, z: Tensor, t: Tensor) -> Tensor:
             asked.append(float(t))
