@@ -66,7 +66,7 @@ SETTINGS = [
     "solver=ab2 num_steps=6",
     "solver=ab2 unconditional_every=2",
     "solver=ab2 num_steps=8 unconditional_every=2",
-    "solver=ab2 num_steps=8 unconditional_every=2 settle=0.02",
+    "solver=ab2 num_steps=8 guidance_interval=[0.2,1]",
 ]
 #: how finely the flow is integrated for what the others are compared with
 FINE = "solver=ab2 time_shift=1 num_steps={}"
