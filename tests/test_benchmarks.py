@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import scripts
+import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from unified.configuring import save_config
+from unified.demos.emoji import STYLES
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 
@@ -88,6 +91,53 @@ def test_a_table_has_a_line_on_the_machine(capsys):
     first, _, head, rule, row = capsys.readouterr().out.splitlines()
     assert first.startswith("threads ")
     assert head.count("|") == rule.count("|") == row.count("|") == 2
+
+
+# ---- shortcuts ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def emoji_model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny model and the configuration of its data: squares that are called emoji."""
+    folder = tmp_path_factory.mktemp("emoji")
+    members = []
+    for i in range(20):
+        told = {"name": f"square {i // 2}", "style": STYLES[i % 2]}
+        members += [
+            (f"{i:02}.png", tiny.as_png(tiny.square(tiny.CAPTIONS[i % len(tiny.CAPTIONS)]))),
+            (f"{i:02}.txt", f"a {told['style']} emoji of {told['name']}".encode()),
+            (f"{i:02}.json", json.dumps(told).encode()),
+        ]
+    shard = [tiny.write_shard(folder / "emoji.tar", members)]
+    config = tiny.config(data={"sources": {"s": {"train": shard, "val": shard}}})
+    save_config(config, folder / "config.yaml")
+    pipeline = tiny.pipeline(config)
+    tiny.randomise(pipeline.prior)
+    pipeline.save_pretrained(folder / "model")
+    return [str(folder / "model"), "--config", str(folder / "config.yaml")]
+
+
+def test_shortcuts_are_set_beside_the_models_own_settings(emoji_model, capsys):
+    brief = ["--count", "2", "--repeats", "1", "--fine-steps", "8", "--setting", "num_steps=1"]
+    rows = run("shortcuts", [*emoji_model, *brief], capsys)["rows"]
+    assert [row["task"] for row in rows[::2]] == ["text_to_image", "captioning", "continuation"]
+    for own, coarse in zip(rows[::2], rows[1::2], strict=True):
+        assert (own["time"], own["positions"]) == (1, 1)
+        assert coarse["positions"] == pytest.approx(1 / 4)
+        assert 0 < own["distance"] < coarse["distance"]
+        assert all(own[key] == 0 for key in own if key.endswith((" change", " low", " high")))
+    assert {"style", "retrieved"} <= rows[0].keys()
+    assert {"style", "name distance", "text distance"} <= rows[2].keys()
+    scripts.load("shortcuts").main([*emoji_model, *brief])
+    *_, head, _, own, coarse = capsys.readouterr().out.splitlines()
+    assert "| captioning: name distance |" in head
+    assert "| 1.000 / 1.000 / 1.000 |" in own
+    assert "| num_steps=1 |" in coarse
+
+
+def test_a_shortcut_that_makes_no_sense_is_named(emoji_model):
+    with pytest.raises(ValueError, match=r"settle is 3"):
+        scripts.load("shortcuts").main([*emoji_model, "--setting", "settle=3"])
 
 
 # ---- what is counted ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import toys
 from torch import Tensor
 
 from unified.generate import Generator, Request
+from unified.guidance import Settling
 from unified.inference import Inference, Wish
 from unified.modalities.text.decoding import choose, probabilities
 from unified.modality import Choice, Latent
@@ -62,6 +63,8 @@ def test_a_time_shift_spends_steps_on_noise() -> None:
         {"round_timesteps": "bfloat16"},
         {"guidance_scale": 3.0},
         {"guidance_interval": (0.5, 1.0)},
+        {"unconditional_every": 2},
+        {"settle": 0.99},
         {"guider": "zero_star"},
         {"guider": "adaptive_projected"},
         {"guider": "tangential"},
@@ -153,6 +156,121 @@ def test_the_ends_of_the_interval_are_inside(steps: int) -> None:
     times = schedule(steps, torch.zeros(1))
     guided = [round(float(t), 2) for t in times if sampler.guides(t)]
     assert (guided[0], guided[-1]) == (0.8, 0.2)
+
+
+# ---- shortcuts ----------------------------------------------------------------------------------
+
+
+def passes(sampler: Sampler, requests: Sequence[Request]) -> tuple[list[Latent], list[int]]:
+    """What is made, and how many positions each pass of the prior has."""
+    model, sizes = toys.prior(), []
+    model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].time_RL.numel()))
+    made_by = Generator(model, toys.layouts(BLOCK))
+    return made_by.run("continuation", "C", requests, sampler), sizes
+
+
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        ({}, [2, 1, 1, 2, 1, 1]),
+        ({"guidance_interval": (0.2, 0.7)}, [1, 1, 2, 1, 1, 1]),
+        # the second evaluation of a step has the timestep of the next one's first; t = 0 is the end
+        ({"solver": "heun"}, [2, 1, 1, 1, 1, 2, 2, 1, 1, 1, 1, 2]),
+    ],
+)
+def test_the_unconditional_pass_is_made_in_one_of_so_many_guided_steps(
+    changes: dict[str, Any], copies: list[int]
+) -> None:
+    sampler = Sampler(6, 2.0, unconditional_every=3, **changes)
+    _, sizes = passes(sampler, [Request({}, (BLOCK,), 0)])
+    assert sizes == [BLOCK * n for n in copies]
+
+
+def test_between_unconditional_passes_guidance_adds_what_it_added() -> None:
+    """``v_c + (scale - 1) d`` with d = v_c - v_u of the step before, by hand."""
+    model, seen = toys.prior(), []
+    model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
+    sampler = Sampler(4, 3.0, unconditional_every=2)
+    maker = Generator(model, toys.layouts(BLOCK))
+    z = maker.run("continuation", "C", [Request({}, (BLOCK,), 0)], sampler)[0].values
+    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    for full, held in (seen[:2], seen[2:]):
+        v_c, v_u = full.split(BLOCK)
+        for v in (v_c, held):
+            by_hand = by_hand - (v + 2 * (v_c - v_u)) / 4
+    torch.testing.assert_close(z, by_hand, atol=1e-6, rtol=0)
+
+
+class Scripted:
+    """Blocks of one latent whose velocity is looked up by timestep; it records what is asked."""
+
+    def __init__(self, script: dict[str, list[float]], steps: int):
+        self.script, self.steps, self.lengths = script, steps, [1] * len(script)
+        self.asked: list[str] = []
+
+    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+        self.asked.append("".join(self.script))
+        step = round((1 - float(t)) * self.steps)
+        return torch.tensor([[float(v[step])] for v in self.script.values()])
+
+    def only(self, rows: Sequence[int]) -> Scripted:
+        names = [list(self.script)[row] for row in rows]
+        part = Scripted({name: self.script[name] for name in names}, self.steps)
+        part.asked = self.asked
+        return part
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_a_settled_block_goes_straight_on_and_the_others_without_it(solver: str) -> None:
+    """Of three blocks, one settles at the second step, one at the third, and one never does."""
+    script = {"a": [2.0, 2, 8, 8, 8], "b": [1.0, 3, 3, 9, 9], "c": [1.0, 2, 4, 8, 16]}
+    field: Any = Scripted(script, 4)
+    z = integrate(Settling(field, 0.01), torch.zeros(3, 1), 4, solver)
+    held = {"a": [2.0] * 5, "b": [1.0, 3, 3, 3, 3], "c": script["c"]}
+    wanted = integrate(Scripted(held, 4), torch.zeros(3, 1), 4, solver)
+    torch.testing.assert_close(z, wanted)
+    assert list(dict.fromkeys(field.asked)) == ["abc", "bc", "c"]
+    assert len(field.asked) == (8 if solver == "heun" else 4)
+
+
+def test_when_all_have_settled_there_are_no_more_passes() -> None:
+    """A velocity that does not change is followed exactly, at the cost of two passes."""
+    field: Any = Scripted({"a": [2.0] * 9, "b": [-1.0] * 9}, 8)
+    z = integrate(Settling(field, 0.01), torch.ones(2, 1), 8)
+    torch.testing.assert_close(z, torch.tensor([[-1.0], [2.0]]))
+    assert field.asked == ["ab", "ab"]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_block_has_settled_when_a_straight_line_misses_by_little(shift: float) -> None:
+    """v = 4 + t: from t on, a straight line misses by t^2 / 2, whatever the steps are."""
+    asked: list[float] = []
+
+    class Linear:
+        lengths = (1,)
+
+        def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+            asked.append(float(t))
+            return 4 + t.expand(1, 1)
+
+    field: Any = Linear()
+    integrate(Settling(field, 0.02), torch.zeros(1, 1), 20, shift=shift)
+    close = [t for t in schedule(20, torch.zeros(1), shift).tolist() if t**2 / 2 < 0.02 * (4 + t)]
+    assert asked[-1] == close[0]
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("change", [{"settle": 0.3}, {"settle": 0.3, "unconditional_every": 3}])
+def test_a_shortcut_does_not_depend_on_the_batch(solver: str, change: dict[str, Any]) -> None:
+    """Blocks settle at steps of their own, also while guidance is held."""
+    whole = Latent(torch.cat([PROMPT.values, PROMPT.values[:2]]), (8,))
+    requests = [Request(g, (12,), i) for i, g in enumerate(({"C": whole}, {}, {"C": PROMPT}))]
+    sampler = Sampler(9, 2.0, solver, **change)
+    together, sizes = passes(sampler, requests)
+    assert len(set(sizes)) > 2
+    for request, other in zip(requests, together, strict=True):
+        alone = passes(sampler, [request])[0][0]
+        torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
 
 
 # ---- the first block ----------------------------------------------------------------------------
@@ -365,6 +483,10 @@ def test_texts_differ_by_temperature_and_repeat_by_seed(model: UnifiedPipeline) 
         ({"guider": "cgf"}, "guider is 'cgf'"),
         ({"first_block": "centre"}, "first_block is 'centre'"),
         ({"repaint_times": 0}, "repaint_times is 0"),
+        ({"unconditional_every": 0}, "unconditional_every is 0"),
+        ({"settle": 1.0}, "settle is 1.0"),
+        ({"settle": 0.1, "first_block": "partial"}, "settle 0.1, but the steps of first_block"),
+        ({"unconditional_every": 2, "first_block": "partial"}, "unconditional_every is 2 and"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),

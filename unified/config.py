@@ -271,10 +271,15 @@ class GenerationConfig(Part):
     time_shift: float = Field(1.0, gt=0, allow_inf_nan=False)
     #: rounding of the timestep that the network sees
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
+    #: a block goes straight on to its end when that should miss it by less than this share of its
+    #: velocity, from how that changes (`unified.guidance.Settling`); 0 takes every step
+    settle: float = Field(0.0, ge=0, lt=1)
     #: v_u + guidance_scale (v_c - v_u) or another guider's rule, for t within the interval; at
-    #: scale 1 and outside the interval there is no unconditional pass
+    #: scale 1 and outside the interval there is no unconditional pass, and within it one in so many
+    #: guided steps: the others keep v_c - v_u
     guidance_scale: float = Field(3.0, allow_inf_nan=False)
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    unconditional_every: int = Field(1, gt=0)
     guider: Literal["cfg", "zero_star", "adaptive_projected", "tangential"] = "cfg"
     #: what becomes of a prompt that ends inside a block (paper 5.2); for `partial`, the share of
     #: the steps that are guided (m) and how often each of them is taken (t)
@@ -300,6 +305,17 @@ class GenerationConfig(Part):
             raise ValueError(
                 "guidance_interval must be two timesteps with 0 <= first <= second <= 1, found"
                 f" {low}, {high}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fresh_noise(self) -> GenerationConfig:
+        held = self.unconditional_every > 1 or self.settle > 0
+        if self.first_block == "partial" and held:
+            raise ValueError(
+                f"unconditional_every is {self.unconditional_every} and settle {self.settle}, but"
+                " the steps of first_block partial draw fresh noise, so that nothing can be held"
+                " from one to the next: leave them at 1 and 0"
             )
         return self
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from unified.cache import KVCache
-from unified.guidance import GuidedVelocity, timesteps
+from unified.guidance import GuidedVelocity, Settling, timesteps
 from unified.modality import Latent
 from unified.prior import Prior
 from unified.randomness import generator
@@ -170,7 +170,8 @@ class _Session:
         self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
     ) -> Sequence[Tensor]:
         """The blocks, with what is known of them held clean throughout."""
-        field = self._field(starts, [len(s.known) for s in starts], cache, sampler)
+        guided = self._field(starts, [len(s.known) for s in starts], cache, sampler)
+        field = Settling(guided, sampler.settle) if sampler.settle else guided
         z = torch.cat([torch.cat([s.known, s.noise[len(s.known) :]]) for s in starts])
         z = integrate(field, z, sampler.num_steps, sampler.solver, sampler.time_shift)
         return z.split([len(s.noise) for s in starts])
@@ -180,15 +181,19 @@ class _Session:
     ) -> GuidedVelocity:
         """The velocity of the blocks that begin at `starts`."""
         m = self.target.modality
-        samples = [s.sample(self.task, self.noisy) for s in starts]
         alone = Segment(self.noisy, m)
         twin = Segment(UNCONDITIONAL, m, copies=self.noisy)
-        plain = self._batch(samples, Layout((alone,), {}))
-        both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
+
+        def batches(rows: Sequence[int]) -> tuple[PackedBatch, PackedBatch | None]:
+            samples = [starts[row].sample(self.task, self.noisy) for row in rows]
+            plain = self._batch(samples, Layout((alone,), {}))
+            both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
+            return plain, both
+
         lengths = [len(s.noise) for s in starts]
         prior = self.owner.prior
         return GuidedVelocity(
-            prior, (plain, both), cache, lengths, known, m, self.noisy, sampler, self.times
+            prior, batches, cache, lengths, known, m, self.noisy, sampler, self.times
         )
 
     def _repaint(

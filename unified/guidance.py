@@ -3,12 +3,16 @@
 Plain classifier-free guidance is ``v_u + scale (v_c - v_u)``. The other rules are guiders of
 diffusers, applied to each block by itself and to what is unknown of it.
 
+Two shortcuts skip passes of the network, and change the result a little: guidance may hold the
+difference ``v_c - v_u`` for some steps, and a block its whole velocity once that has settled.
+
 Shape legend: N positions of all blocks being denoised, n positions of one block, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -45,6 +49,10 @@ def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
     return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
 
 
+#: rows -> their two batches; see `GuidedVelocity`
+Batches = Callable[[Sequence[int]], tuple[PackedBatch, PackedBatch | None]]
+
+
 class Placed(NamedTuple):
     """Blocks that are denoised, with or without their unconditional copies, and where they are."""
 
@@ -55,15 +63,16 @@ class Placed(NamedTuple):
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
-    `lengths` are those of the blocks, in the order of the two `batches`: the blocks alone as
-    `kind`, and, if they are to be guided, each with its unconditional copy. ``known[i]`` positions
-    of block i are held clean, at t = 0. `times` are those of the whole schedule.
+    `lengths` are those of the blocks. Of those that it is told, `batches` makes two batches: the
+    blocks alone as `kind`, and, if they are to be guided, each with its unconditional copy.
+    ``known[i]`` positions of block i are held clean, at t = 0. `times` are those of the whole
+    schedule.
     """
 
     def __init__(
         self,
         prior: Prior,
-        batches: tuple[PackedBatch, PackedBatch | None],
+        batches: Batches,
         cache: KVCache,
         lengths: Sequence[int],
         known: Sequence[int],
@@ -73,25 +82,58 @@ class GuidedVelocity:
         times: Timesteps,
     ):
         self.prior, self.cache, self.sampler, self.times = prior, cache, sampler, times
-        self.plain, self.both = (b and Placed(b, prior.geometry(b, cache)) for b in batches)
         self.modality, self.kind, self.lengths = modality, kind, list(lengths)
+        self.batches = batches
+        self._place(list(range(len(self.lengths))))
         time = self.plain.batch.time_RL
         unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
         self.unknown_N = torch.cat(unknown).to(time)
         self.known = list(known)
         self.guider = guider(sampler) if sampler.guider in GUIDERS else None
         self.schedule = schedule(sampler.num_steps, time, sampler.time_shift)
+        guided = [float(t) for t in self.schedule if sampler.guides(t)]
+        #: when the unconditional pass is made; in between, v_c - v_u is what it was
+        self.fresh = guided[:: sampler.unconditional_every]
+        self.difference_NC: Tensor | None = None
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
             return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
-        v_c, v_u = self._velocities(self.both, z_NC, t)
+        now = float(t)
+        if self.difference_NC is None or any(abs(now - f) < NEAR for f in self.fresh):
+            v_c, v_u = self._velocities(self.both, z_NC, t)
+            self.difference_NC = v_c - v_u
+        else:
+            (v_c,) = self._velocities(self.plain, z_NC, t)
+            v_u = v_c - self.difference_NC
         return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
+
+    def _place(self, rows: list[int]) -> None:
+        """Take the blocks of these rows, behind what is in the cache."""
+        plain, both = self.batches(rows)
+        self.rows, self.plain = rows, Placed(plain, self.prior.geometry(plain, self.cache))
+        self.both = Placed(both, self.prior.geometry(both, self.cache)) if both else None
+
+    def only(self, rows: Sequence[int]) -> GuidedVelocity:
+        """The same of these blocks alone."""
+
+        def chosen(x: Tensor) -> Tensor:
+            parts = x.split(self.lengths)
+            return torch.cat([parts[row] for row in rows])
+
+        part = copy(self)
+        part.lengths, part.known = ([x[row] for row in rows] for x in (self.lengths, self.known))
+        part.cache = self.cache.rows(torch.tensor(rows, device=self.unknown_N.device))
+        part._place([self.rows[row] for row in rows])
+        part.unknown_N = chosen(self.unknown_N)
+        if self.difference_NC is not None:
+            part.difference_NC = chosen(self.difference_NC)
+        return part
 
     def _velocities(self, placed: Placed, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         """Conditional velocity [N, C], and the unconditional one if `placed` has the copies."""
-        parts = [{self.kind: part} for part in z_NC.split(self.lengths)]
-        batch = placed.batch.with_latents(parts)
+        latents = [{self.kind: part} for part in z_NC.split(self.lengths)]
+        batch = placed.batch.with_latents(latents)
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
         rounded = round_timesteps(t, self.sampler.round_timesteps).to(batch.time_RL)
         batch = replace(batch, time_RL=self._times(batch, rounded, copies))
@@ -123,3 +165,40 @@ class GuidedVelocity:
         for c, u, guided, k in zip(*blocks, self.known, strict=True):
             guided[k:] = self.guider.forward(c[None, k:], u[None, k:]).pred[0]
         return out
+
+
+class Settling:
+    """`field`, but a block whose velocity has settled keeps it, and costs no more passes.
+
+    A velocity v that is kept from t on leads straight to ``z - t v``. If it went on changing as it
+    has since the timestep before, at the rate ``v' = (v - v_before) / (t - t_before)``, the block
+    would end ``t^2 |v'| / 2`` from there. Settled is a block for which that is less than
+    `settle` of ``|v|``, both over its unknown positions.
+    """
+
+    def __init__(self, field: GuidedVelocity, settle: float):
+        self.field, self.settle, self.lengths = field, settle, list(field.lengths)
+        self.going = list(range(len(self.lengths)))
+        self.t: Tensor | None = None
+        self.v: dict[int, Tensor] = {}
+
+    def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
+        if self.going:
+            blocks = z_NC.split(self.lengths)
+            z = torch.cat([blocks[i] for i in self.going])
+            found = dict(zip(self.going, self.field(z, t).split(self.field.lengths), strict=True))
+            # the second evaluation of a step of Heun's has the timestep of the next one's first
+            if self.t is not None and t < self.t:
+                share = self.settle * 2 * (self.t - t) / t**2
+                changes = {i: v - self.v[i] for i, v in found.items()}
+                self._leave([i for i, v in found.items() if changes[i].norm() < share * v.norm()])
+            self.v |= found
+            self.t = t
+        return torch.cat([self.v[i] for i in range(len(self.lengths))])
+
+    def _leave(self, settled: Sequence[int]) -> None:
+        """Go on without the blocks that have settled."""
+        stay = [row for row, i in enumerate(self.going) if i not in settled]
+        if stay and settled:
+            self.field = self.field.only(stay)
+        self.going = [self.going[row] for row in stay]

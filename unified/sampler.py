@@ -22,10 +22,12 @@ class Sampler:
     time_shift: float = 1.0
     round_timesteps: str = "none"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    unconditional_every: int = 1
     guider: str = "cfg"
     first_block: str = "clean"
     repaint_share: float = 1.0
     repaint_times: int = 1
+    settle: float = 0.0
 
     @classmethod
     def of(cls, settings: GenerationConfig) -> Sampler:
