@@ -36,31 +36,20 @@ from unified.training.objectives import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
 
 
-class TrainStep:
-    """A joint stage over the same examples again and again; a call is one optimizer step."""
+class Step:
+    """One stage over the same microbatches again and again; a call is one optimizer step."""
 
     def __init__(
         self,
-        pipeline: UnifiedPipeline,
-        observations: Sequence[Mapping[str, Tensor]],
-        row_length: int,
-        accumulate: int = 1,
-        task: str = "continuation",
+        objective: JointObjective,
+        stage: StageConfig,
+        microbatches: Sequence[Sequence[Prepared]],
     ):
-        self.pipeline, self.steps = pipeline, 0
-        self.stage = StageConfig(
-            name="joint", objective="joint", steps=1000, batch_size=len(observations),
-            accumulate=accumulate, row_length=row_length,
-        )  # fmt: skip
-        examples = [Prepared(task, str(i), i, o) for i, o in enumerate(observations)]
-        self.microbatches = [examples[a::accumulate] for a in range(accumulate)]
-        layouts = {name: t.layout for name, t in pipeline.tasks.items()}
-        self.objective = JointObjective(
-            pipeline.prior, pipeline.modalities, layouts, self.stage, pipeline.config.flow, 0
-        )
-        groups = learning_groups(self.objective.groups(), self.stage.optimizer)
+        self.objective, self.stage, self.microbatches = objective, stage, microbatches
+        self.steps = 0
+        groups = learning_groups(objective.groups(), stage.optimizer)
         self.learners = [p for group in groups.values() for p in group]
-        self.optimizer = build_optimizer(groups, self.stage.optimizer)
+        self.optimizer = build_optimizer(groups, stage.optimizer)
 
     def __call__(self) -> None:
         plans = [self.objective.plan(examples, self.steps) for examples in self.microbatches]
@@ -74,6 +63,30 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
+
+
+class TrainStep(Step):
+    """A joint stage over these observations, all of one task."""
+
+    def __init__(
+        self,
+        pipeline: UnifiedPipeline,
+        observations: Sequence[Mapping[str, Tensor]],
+        row_length: int,
+        accumulate: int = 1,
+        task: str = "continuation",
+    ):
+        self.pipeline = pipeline
+        stage = StageConfig(
+            name="joint", objective="joint", steps=1000, batch_size=len(observations),
+            accumulate=accumulate, row_length=row_length,
+        )  # fmt: skip
+        examples = [Prepared(task, str(i), i, o) for i, o in enumerate(observations)]
+        layouts = {name: t.layout for name, t in pipeline.tasks.items()}
+        objective = JointObjective(
+            pipeline.prior, pipeline.modalities, layouts, stage, pipeline.config.flow, 0
+        )
+        super().__init__(objective, stage, [examples[a::accumulate] for a in range(accumulate)])
 
     @torch.no_grad()
     def prior_flops(self) -> int:

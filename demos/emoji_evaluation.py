@@ -41,6 +41,7 @@ from unified.evaluation.reconstruction import reconstruct
 from unified.modalities.text.modality import TextModality
 from unified.modality import Latent
 from unified.pipeline import UnifiedPipeline
+from unified.training.precision import arithmetic
 from unified.training.stages import Sources
 
 PAINTING, CAPTIONING, CONTINUATION = "text_to_image", "captioning", "continuation"
@@ -91,7 +92,7 @@ def evaluate_emoji(
     seed: int = 0,
 ) -> Evaluation:
     """Everything below: losses on the whole of every held-out split, generation from the first
-    `count` examples of each split. Progress goes to stderr."""
+    `count` examples of each split, at the precision of training. Progress goes to stderr."""
     settings = {"num_steps": num_steps, "guidance_scale": guidance_scale, "seed": seed}
     run = _Run(pipeline, config, count, settings)
     held_out = [s for s in splits if s != "train"]
@@ -105,9 +106,11 @@ def evaluate_emoji(
         "captioning": lambda: {s: run.captioning(s) for s in splits},
         "continuation": run.continuation,
     }
+    device = next(pipeline.prior.parameters()).device
     for name, step in steps.items():
         begun = time.monotonic()
-        scores[name] = step()
+        with arithmetic(config.training.precision, device):
+            scores[name] = step()
         print(f"evaluated {name} ({time.monotonic() - begun:.1f} s)", file=sys.stderr, flush=True)
     return Evaluation(scores, run.gallery)
 

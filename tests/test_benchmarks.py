@@ -26,6 +26,7 @@ LIMIT = {"matmul_gflops_before", "matmul_gflops_after"}
 MEMORY = {"peak_rss_gb", "rss_above_gb"}
 GENERATION = {"tokens_per_s", "share", "first_block_s", "gflop", *LIMIT, *MEMORY}
 TRAINING = {"s_per_step", "positions_per_s", "tokens_per_s", "share", "gflop", *LIMIT, *MEMORY}
+JOINT = {"what", "batch", "per_item_s", "share", "gflop", *LIMIT, *MEMORY}
 TEXTS = ["--batch", "2", "--prompt", "6", "--new", "7", "--steps", "2"]
 LOADING = ["--generate", "16", "--side", "32", "--pixels", "32", "--batch", "4"]
 
@@ -37,6 +38,8 @@ CASES: list[tuple[str, list[str], int, set[str]]] = [
     ("generation", [*TINY, *BRIEF, *TEXTS, "--dtype", "bf16"], 1, GENERATION),
     ("train_step", [*TINY, *BRIEF, "--seqlen", "8", "--accumulate", "2"], 1, TRAINING),
     ("train_step", [*TINY, *BRIEF, "--seqlen", "8", "--dtype", "bf16"], 1, TRAINING),
+    ("joint", [*TINY, *BRIEF, "--batches", "2", "--new", "3"], 4, JOINT),
+    ("joint", [*TINY, *BRIEF, "--only", "trained", "--dtype", "bf16"], 1, JOINT),
     (
         "attention",
         [*TINY, *BRIEF, "--positions", "64", "--lengths", "32", "--backends", "sdpa", "halves"],

@@ -65,7 +65,7 @@ def autoencoder(modality: str, **stage: Any) -> AutoencoderObjective:
 
 def posteriors(objective: JointObjective, plan: JointPlan, m: str) -> list[Posterior]:
     """Of everything that modality `m` encodes, in the order of the examples."""
-    return objective.modality(m).encode([o for _, _, o in objective._observed(plan.examples, m)])
+    return objective.modality(m).encode([o for _, _, o in objective.observed(plan.examples, m)])
 
 
 def normal(posterior: Posterior) -> Normal:
@@ -125,7 +125,7 @@ def test_reconstruction_and_masking_are_the_modalitys_own() -> None:
     plan = objective.plan(tiny.examples(pipeline), 0)
     sums = objective(plan)
     for m in VAES:
-        observations = [o for _, _, o in objective._observed(plan.examples, m)]
+        observations = [o for _, _, o in objective.observed(plan.examples, m)]
         modes = [p.mode for p in posteriors(objective, plan, m)]
         own = objective.modality(m).reconstruction(observations, modes)
         torch.testing.assert_close({k: sums[f"{m}/{k}"] for k in own}, own)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unified.training.precision import current_device, has_bfloat16, resolve
+from unified.evaluation.pca import PCA
+from unified.training.precision import arithmetic, current_device, has_bfloat16, resolve
 
 CPU = torch.device("cpu")
 
@@ -32,3 +33,22 @@ def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, asked: str
 
 def test_a_build_for_an_accelerator_runs_on_the_cpu_where_there_is_none() -> None:
     assert (current_device() == CPU) == (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_networks_compute_as_in_training(precision: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 3)
+    with arithmetic(precision, CPU):
+        assert (x @ x).dtype == dtype
+
+
+def test_principal_components_are_exact_at_any_precision() -> None:
+    items_ND = torch.randn(20, 6)
+    plain = PCA.fit(items_ND, 3)
+    with arithmetic("bf16", CPU):
+        lowered = PCA.fit(items_ND, 3)
+        back_ND = lowered.reconstruct(items_ND, 3)
+    assert torch.equal(lowered.components_KD, plain.components_KD)
+    assert torch.equal(back_ND, plain.reconstruct(items_ND, 3))

@@ -22,7 +22,7 @@ batch (in sample order), C channels of that modality.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -297,10 +297,7 @@ def pack(
     For `training`, clean blocks that no loss depends on are left out (`needed`). ValueError for a
     sample longer than a row.
     """
-    placed = [place(layouts[s.task], s.grids, axes, s.clock, s.start) for s in samples]
-    if training:
-        each = zip(placed, samples, strict=True)
-        placed = [needed(parts, sample.task, visibility) for parts, sample in each]
+    placed = _place_all(samples, layouts, visibility, axes, training)
     lengths = [sum(len(p.blocks) for p in sample) for sample in placed]
     starts, rows, width = _arrange(lengths, row_length)
     at = _cat([start + torch.arange(n) for start, n in zip(starts, lengths, strict=True)])
@@ -322,6 +319,23 @@ def pack(
     pos_RLA = lay([p.positions for _, p in parts] or [torch.zeros(0, axes, dtype=torch.int64)], 0)
     where, spans = _by_modality(parts, at)
     return PackedBatch(visibility, coordinates, pos_RLA, torch.zeros(rows, width), where, spans)
+
+
+def _place_all(
+    samples: Sequence[Sample],
+    layouts: Mapping[str, Layout],
+    visibility: Visibility,
+    axes: int,
+    training: bool,
+) -> list[list[Placed]]:
+    """The segments of every sample; those of one shape are placed once."""
+    shapes = [(s.task, tuple(s.grids.items()), s.clock, s.start) for s in samples]
+    placed: dict[Hashable, list[Placed]] = {}
+    for shape, s in zip(shapes, samples, strict=True):
+        if shape not in placed:
+            parts = place(layouts[s.task], s.grids, axes, s.clock, s.start)
+            placed[shape] = needed(parts, s.task, visibility) if training else parts
+    return [placed[shape] for shape in shapes]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

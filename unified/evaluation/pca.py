@@ -1,5 +1,7 @@
 """Principal components: what a linear autoencoder with k numbers an item reaches.
 
+Computed in the precision of the items, under autocast as well.
+
 Shape legend: N items, D numbers of an item, K components.
 """
 
@@ -29,12 +31,14 @@ class PCA:
             raise ValueError(f"{components} components need more items, found {len(items_ND)}")
         mean_D = items_ND.mean(0)
         centred_ND = items_ND - mean_D
-        _, vectors_NN = torch.linalg.eigh(centred_ND @ centred_ND.T)
-        directions_KD = vectors_NN[:, -components:].flip(1).T @ centred_ND
+        with torch.autocast(items_ND.device.type, enabled=False):
+            _, vectors_NN = torch.linalg.eigh(centred_ND @ centred_ND.T)
+            directions_KD = vectors_NN[:, -components:].flip(1).T @ centred_ND
         # a direction without variance is rounding noise, along the others as much as beside them
         return cls(mean_D, torch.linalg.qr(directions_KD.T)[0].T)
 
     def reconstruct(self, items_ND: Tensor, components: int) -> Tensor:
         """`items_ND` from their first `components` coefficients alone."""
         kept_KD = self.components_KD[:components]
-        return self.mean_D + (items_ND - self.mean_D) @ kept_KD.T @ kept_KD
+        with torch.autocast(items_ND.device.type, enabled=False):
+            return self.mean_D + (items_ND - self.mean_D) @ kept_KD.T @ kept_KD

@@ -196,8 +196,8 @@ class JointObjective(Objective):
         if self.alignment is not None:
             counts |= self.alignment.counts(draws)
         for m in sorted(self.learning):
-            observed = [o for _, _, o in self._observed(examples, m) if isinstance(o, Tensor)]
-            if len(observed) < len(self._observed(examples, m)):
+            observed = [o for _, _, o in self.observed(examples, m) if isinstance(o, Tensor)]
+            if len(observed) < len(self.observed(examples, m)):
                 raise ValueError(
                     f"stage {self.stage.name} trains the {m} autoencoder, which stored latents have"
                     " done without: set optimizer.vae_lr_ratio to 0, or train from the items"
@@ -220,7 +220,7 @@ class JointObjective(Objective):
             for kind, o in example.observations.items()
         }
 
-    def _observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Observed]]:
+    def observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Observed]]:
         """(example, kind, observation) of everything modality `m` has to encode."""
         return [
             (i, kind, o)
@@ -255,7 +255,7 @@ class JointObjective(Objective):
         self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         """Latents of everything of modality `m` into `values`; its loss terms where it learns."""
-        modality, observed = self.modality(m), self._observed(plan.examples, m)
+        modality, observed = self.modality(m), self.observed(plan.examples, m)
         if not observed:
             learning = m in self.learning
             return {f"{m}/entropy": nothing(self.modality(m).parameters())} if learning else {}

@@ -5,6 +5,8 @@ A processor without bfloat16 instructions emulates them, up to seventy times slo
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 #: instruction sets that multiply bfloat16 matrices, by the names PyTorch gives them
@@ -33,3 +35,10 @@ def resolve(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if has_bfloat16(device) else "fp32"
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """Within it, networks on `device` compute as in a run of this `precision`."""
+    if resolve(precision, device) == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
