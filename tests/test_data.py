@@ -23,7 +23,6 @@ import torch
 from unified.config import SourceConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
-from unified.data.memory import OVERHEAD, Memory
 from unified.data.mixture import Feed, Mixture
 from unified.data.order import Order
 from unified.data.prefetch import prefetch
@@ -341,70 +340,6 @@ def test_a_sample_too_long_is_cut_by_whole_blocks_if_so_configured(tmp_path):
     assert cut(3) == (whole[:2], True)
     with pytest.raises(ValueError, match=r"15 latents .* a row holds 2"):
         cut(2)
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-class Counted(Letters):
-    """Letters that may begin at two phases, and count how often they are observed."""
-
-    leads = 2
-
-    def __init__(self) -> None:
-        self.observed = 0
-
-    def observe(self, item: str, *, lead: int = 0, **options: Any) -> torch.Tensor:
-        self.observed += 1
-        return super().observe("_" * lead + item, **options | {"limit": None})
-
-    def crop(self, observation: torch.Tensor, limit: int, draw: torch.Generator) -> torch.Tensor:
-        start = int(torch.randint(len(observation) - limit + 1, (), generator=draw))
-        return observation[start : start + limit]
-
-
-@pytest.mark.parametrize(("crop", "most"), [(None, 12), (2, 6)])
-def test_memory_changes_no_batch_and_observes_each_phase_once(tmp_path, crop, most):
-    numbers = source(tmp_path, "s", 6)
-
-    def batches(memory: Memory | None) -> tuple[list[Any], int]:
-        letters: Any = Counted()
-        stream = ItemStream("a", "letters", {"letters": letters}, crop, memory)
-        made = mixture([Feed(stream, numbers)])
-        shown = [[p.observations["X"].tolist() for p in made.batch(i)] for i in range(20)]
-        return shown, letters.observed
-
-    plain, often = batches(None)
-    remembered, once = batches(Memory(1e6))
-    assert remembered == plain
-    assert often == 80
-    assert once <= most
-
-
-def test_a_task_is_filled_once(tmp_path):
-    examples = [Example(raw, MODALITIES) for raw in source(tmp_path, "s", 12)]
-    stream = TaskStream("echo", Echo(), MODALITIES, memory=Memory(1e6))  # type: ignore[arg-type]
-    first, again = ([stream.prepare(e, generator(0))[0] for e in examples[10:]] for _ in range(2))
-    assert all(a is b for a, b in zip(first, again, strict=True))
-    assert first[0]["C"].tolist() != first[1]["C"].tolist()
-
-
-def test_memory_keeps_what_comes_first_up_to_its_bound():
-    one = torch.zeros(100)
-    entry = one.nbytes + 2 * OVERHEAD
-    memory, made = Memory(2.5 * entry), list[int]()
-
-    def recall(name: int) -> None:
-        def make() -> tuple[dict[str, torch.Tensor], bool]:
-            made.append(name)
-            return {"X": one.clone()}, False
-
-        memory.recall(name, make)
-
-    for name in (0, 1, 2, 0, 1, 2):
-        recall(name)
-    assert made == [0, 1, 2, 2]
-    assert memory.used == 2 * entry
 
 
 def test_a_stream_needs_its_modality():

@@ -13,7 +13,7 @@ import toys
 from torch.nn.attention.flex_attention import flex_attention
 
 from unified import attention
-from unified.attention import attend, see
+from unified.attention import attend, dot_product, see
 from unified.tasks import captioning, continuation, text_to_image
 from unified.visibility import (
     ALL,
@@ -265,3 +265,36 @@ def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
     torch.testing.assert_close(
         tiled, torch.cat([part.transpose(1, 2), full.transpose(1, 2)[:, 2:]], 1)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_that_is_written_out_is_the_fused_one(monkeypatch, dtype):
+    """Values and gradients; nothing for a query that sees nothing."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, weight = torch.randn(4, 2, 2, 9, 8, generator=g, dtype=torch.float64).unbind()
+    mask = torch.rand(2, 1, 9, 9, generator=g) < 0.6
+    mask[:, :, 4] = False
+    monkeypatch.setattr(attention, "QUERIES", 1)
+    tolerance = (
+        {"atol": 1e-12, "rtol": 0} if dtype == torch.float64 else {"atol": 0.06, "rtol": 0.06}
+    )
+    for shown, causal in ((mask, False), (None, False), (None, True)):
+        exact = [x.clone().requires_grad_() for x in (q, k, v)]
+        wanted = F.scaled_dot_product_attention(*exact, attn_mask=shown, is_causal=causal)
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        found = dot_product(*inputs, shown, is_causal=causal)
+        torch.testing.assert_close(found.double(), wanted, **tolerance)
+        assert shown is None or not found[:, :, 4].any()
+        gradients = torch.autograd.grad((found * weight).sum(), inputs)
+        others = torch.autograd.grad((wanted * weight).sum(), exact)
+        for one, other in zip(gradients, others, strict=True):
+            torch.testing.assert_close(one.double(), other, **tolerance)
+
+
+def test_few_queries_and_many_keys_are_left_to_the_fused_kernel(monkeypatch):
+    x = torch.randn(1, 1, 8, 4)
+    monkeypatch.setattr(attention, "written_out", lambda *_: "written out")
+    for queries, keys, written in ((2, 8, True), (9, 8, False), (2, 7, False)):
+        monkeypatch.setattr(attention, "QUERIES", queries)
+        monkeypatch.setattr(attention, "KEYS", keys)
+        assert (dot_product(x, x, x, None) == "written out") is written

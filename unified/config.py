@@ -76,8 +76,6 @@ class DataConfig(Part):
     prefetch: int = Field(2, ge=0)
     #: processes that read and prepare examples, on each rank; 0 leaves it to that thread
     workers: int = Field(0, ge=0)
-    #: GB of prepared examples that each rank keeps for the next epochs; `workers` share them
-    memory_gb: float = Field(1.0, ge=0)
     #: examples within which the order is a random permutation: whole shards, which are shuffled too
     shuffle_buffer: int = Field(50_000, gt=0)
     #: where remote shards are copied to, and (None: no limit) how many GB of them are kept

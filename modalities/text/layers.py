@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unified.attention import dot_product
 from unified.linear import Linear
 from unified.modalities.text.vae_config import TextVAEConfig
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         q, k = rotate(q, table), rotate(k, table)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = dot_product(q, k, v, mask, is_causal=mask is None)
         return self.attn_out_proj(out.transpose(1, 2).flatten(2))
 
     def _feed_forward(self, x_BLD: Tensor) -> Tensor:

@@ -36,11 +36,6 @@ class Example(Mapping[str, Any]):
         return self.raw.shard
 
     @property
-    def place(self) -> tuple[str, str, int]:
-        """What tells it from every other example, even from one of the same key."""
-        return self.raw.shard, self.raw.key, self.raw.start
-
-    @property
     def metadata(self) -> dict[str, Any]:
         """The ``.json`` member, or ``{}`` where there is none."""
         with self.naming():

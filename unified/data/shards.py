@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from unified.data.remote import Access
@@ -26,13 +26,11 @@ END_OF_TAR = 1024
 
 @dataclass(frozen=True)
 class RawExample:
-    """One example: its key, its shard, and its members by ending (``"webp"``, ``"txt"``), which
-    begin at byte `start` of the shard."""
+    """One example: its key, its shard, and its members by ending (``"webp"``, ``"txt"``)."""
 
     key: str
     shard: str
     members: dict[str, bytes]
-    start: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Entry:
             file.seek(start)
             data = file.read(stop - start)
         cut = {m: data[o - start : o - start + n] for m, (o, n) in self.members.items()}
-        return RawExample(self.key, self.shard, cut, start)
+        return RawExample(self.key, self.shard, cut)
 
 
 def expand(urls: str | Iterable[str]) -> list[str]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from unified.data.examples import Example
 from unified.data.latents import LATENTS, fingerprint, from_bytes, phased
-from unified.data.memory import Memory
 from unified.modality import Modality, Observed, Posterior, grid_of
 from unified.sequence import needed, place
 from unified.task import Task
@@ -68,10 +67,8 @@ class TaskStream:
         modalities: Mapping[str, Modality],
         row_length: int | None = None,
         too_long: Literal["error", "truncate"] = "error",
-        memory: Memory | None = None,
     ):
         self.name = name
-        self._memory = memory or Memory()
         self._counted: dict[tuple[tuple[str, tuple[int, ...]], ...], dict[str, int]] = {}
         self.modalities = modalities
         self._task = task
@@ -92,8 +89,7 @@ class TaskStream:
         lead = 0 if kind is None else draw_lead(self.modalities[self.kinds[kind]], generator)
         if LATENTS in example.raw.members:
             return self._stored(example, lead), False
-        named = (self.name, example.place, lead)
-        return self._memory.recall(named, lambda: self.observe(example, lead))
+        return self.observe(example, lead)
 
     @property
     def continues(self) -> str | None:
@@ -216,10 +212,8 @@ class ItemStream:
         modality: str,
         modalities: Mapping[str, Modality],
         crop: int | None = None,
-        memory: Memory | None = None,
     ):
         self._crop = crop
-        self._memory = memory or Memory()
         self.name = name
         self.modalities = modalities
         self._modality = modality
@@ -231,21 +225,12 @@ class ItemStream:
 
     def prepare(
         self, example: Example, generator: torch.Generator
-    ) -> tuple[Mapping[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], bool]:
         modality = self.modalities[self._modality]
-        lead = draw_lead(modality, generator) if self._crop is None else 0
-        named = (self.name, example.place, lead)
-        observations, cut = self._memory.recall(named, lambda: self._observe(example, lead))
-        if self._crop is None:
-            return observations, cut
         with example.naming():
-            return {"X": modality.crop(observations["X"], self._crop, generator)}, cut
-
-    def _observe(self, example: Example, lead: int) -> tuple[dict[str, Tensor], bool]:
-        """The whole item, which may be longer than the modality allows where it will be cropped."""
-        modality = self.modalities[self._modality]
-        options = {"lead": lead} if lead else {}
-        if self._crop is not None:
-            options["limit"] = sys.maxsize
-        with example.naming():
-            return {"X": modality.observe(example[self._modality], ends=True, **options)}, False
+            item = example[self._modality]
+            if self._crop is None:
+                phase = {"lead": lead} if (lead := draw_lead(modality, generator)) else {}
+                return {"X": modality.observe(item, ends=True, **phase)}, False
+            whole = modality.observe(item, ends=True, limit=sys.maxsize)
+            return {"X": modality.crop(whole, self._crop, generator)}, False

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from unified import attention
 from unified.modality import Latent, Modality
 from unified.prior import Prior
 
@@ -64,14 +65,17 @@ class Attention:
 
     def __init__(self, keeps_mask: bool = False):
         self.keeps_mask, self.flops = keeps_mask, 0
-        self._patch = patch.object(F, "scaled_dot_product_attention", self._attend)
+        places = ((F, "scaled_dot_product_attention"), (attention, "written_out"))
+        self._patches = [patch.object(*place, self._attend) for place in places]
 
     def __enter__(self) -> Attention:
-        self._patch.start()
+        for each in self._patches:
+            each.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._patch.stop()
+        for each in self._patches:
+            each.stop()
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
@@ -98,9 +102,9 @@ def _pairs(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> i
 def forward_flops(run: Callable[[], object]) -> int:
     """FLOPs of what `run` does on imagined modules."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), Attention() as attention, counter:
+    with torch.no_grad(), Attention() as attended, counter:
         run()
-    return int(counter.get_total_flops()) + attention.flops
+    return int(counter.get_total_flops()) + attended.flops
 
 
 class Ledger(TorchDispatchMode):

@@ -29,7 +29,7 @@ from unified.weights import write_text
 
 #: dotted keys that may change between the sittings of one run: its length, and what it reports
 MAY_CHANGE = re.compile(
-    r"run\.dir|stages\.\d+\.steps|data\.(prefetch|workers|memory_gb|cache_dir|cache_gb|allow_pipes)|"
+    r"run\.dir|stages\.\d+\.steps|data\.(prefetch|workers|cache_dir|cache_gb|allow_pipes)|"
     r"generation\..*|training\.(max_steps|save_every|"
     r"log_every|validate_every|sample_every|trackers.*|sharding|shard_size|divergence|"
     r"activation_checkpointing|attention|compile|keep_checkpoints|background_checkpoints)"

@@ -20,9 +20,7 @@ from unified.config import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
 from unified.data.latents import LATENTS
-from unified.data.memory import Memory
 from unified.data.mixture import Feed, Mixture
-from unified.data.remote import GIGABYTE
 from unified.data.source import Source, access_of
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.modality import unencoded
@@ -116,17 +114,14 @@ class Materials:
     def streams(self) -> list[tuple[str, ItemStream | TaskStream, str, float]]:
         """(name, stream, source, ratio): one a source, or in a joint stage one a task's source."""
         stage, modalities = self.stage, self.pipeline.modalities
-        data = self.config.data
-        memory = Memory(data.memory_gb * GIGABYTE / max(1, data.workers))
         if stage.objective == "autoencoder":
             return [
-                (s, ItemStream(s, str(stage.modality), modalities, stage.crop, memory), s, ratio)
-                for s, ratio in stage.sources.items()
+                (source, ItemStream(source, str(stage.modality), modalities, stage.crop), source, r)
+                for source, r in stage.sources.items()
             ]
         found: list[tuple[str, ItemStream | TaskStream, str, float]] = []
         for name, task in self.pipeline.tasks.items():
-            row = (stage.row_length, stage.too_long)
-            stream = TaskStream(name, task, modalities, *row, memory)
+            stream = TaskStream(name, task, modalities, stage.row_length, stage.too_long)
             sources = task.config.sources
             for source, share in sources.items():
                 label = name if len(sources) == 1 else f"{name}/{source}"
