@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unified.configuring import save_config
 from unified.demos.emoji import STYLES
+from unified.linear import COUNTED
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 
@@ -148,15 +148,10 @@ def test_a_shortcut_that_makes_no_sense_is_named(emoji_model):
 
 def counted(run: Any) -> int:
     """FLOPs by PyTorch's counter, with attention as the products it is made of."""
-    packed = {torch.ops.mkldnn._linear_pointwise: _packed_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=packed)
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
     with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run()
     return counter.get_total_flops()
-
-
-def _packed_flops(x: Any, weight: Any, *others: Any, out_shape: Any, **options: Any) -> int:
-    return 2 * math.prod(x) * out_shape[-1]
 
 
 @pytest.mark.parametrize("act", ["swiglu", "gelu"])

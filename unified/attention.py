@@ -144,7 +144,7 @@ def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor
     """
     q, k, v = (x.to(v_RSHD.dtype).transpose(1, 2) for x in (q_RQHD, k_RSHD, v_RSHD))
     if seen.runs is not None:
-        return _by_run(*(x.transpose(1, 2) for x in (q, k, v)), seen.runs)
+        return _by_run(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen.runs)
     if seen.blocks is not None:
         out = _flex(q.device.type)(q, k, v, block_mask=seen.blocks)
     elif seen.tiles is not None:

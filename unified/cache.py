@@ -56,7 +56,8 @@ class KVCache:
         committed = [self.coordinates] if self.coordinates else []
         if self.capacity is None:
             return Coordinates.cat([*committed, query])
-        blank = query.map(lambda t: t.new_zeros(t.shape[0], self.capacity - len(self)))
+        free = self.capacity - len(self)
+        blank = query.map(lambda t: t.new_zeros(t.shape[0], free))
         blank = replace(blank, sample=blank.sample - 1)
         return Coordinates.cat([*committed, blank, query])
 

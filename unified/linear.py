@@ -13,7 +13,8 @@ Shape legend: N rows, I features in, O features out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: activation -> how it is computed after a product, and what oneDNN calls it
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str]]] = {
@@ -74,6 +76,18 @@ class Linear(nn.Linear):
             bias = None if self.bias is None else self.bias.to(dtype)
             kept = _kept[self] = Packed(weight, bias, source)
         return kept
+
+
+def flops(x: Sequence[int], *others: object, out_shape: Sequence[int], **options: object) -> int:
+    """FLOPs of a packed product, from the shapes of what goes in and comes out."""
+    del others, options
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+#: for PyTorch's `FlopCounterMode`, which does not know the packed product
+COUNTED = (
+    {torch.ops.mkldnn._linear_pointwise: flops} if torch.backends.mkldnn.is_available() else {}
+)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

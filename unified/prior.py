@@ -251,7 +251,7 @@ class Prior(nn.Module):
         """Compile the blocks (regional compilation: they share their graphs), as `torch.compile`
         with these options does."""
         for block in self.blocks:
-            block.mix = torch.compile(block.mix, *args, **options)
+            block.mix = torch.compile(block.mix, *args, **options)  # type: ignore[assignment, arg-type]
         self.static = True
 
     def forward(

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from unified import attention
+from unified.linear import COUNTED
 from unified.modality import Latent, Modality
 from unified.prior import Prior
 
@@ -101,7 +102,7 @@ def _pairs(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> i
 
 def forward_flops(run: Callable[[], object]) -> int:
     """FLOPs of what `run` does on imagined modules."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=COUNTED)
     with torch.no_grad(), Attention() as attended, counter:
         run()
     return int(counter.get_total_flops()) + attended.flops
