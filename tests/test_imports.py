@@ -16,7 +16,7 @@ PLUGINS = ("modalities", "tasks", "demos")
 #: A module of the core imports from its own layer and those above it in this list, never below.
 LAYERS = [
     {"errors", "units"},
-    {"visibility", "registry", "config", "configuring", "randomness", "weights"},
+    {"visibility", "registry", "config", "configuring", "randomness", "weights", "linear"},
     {"modality", "critic"},
     {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},
