@@ -6,6 +6,7 @@ Each size is a process of its own. It predicts on fake tensors, and then trains 
 of two accumulated microbatches with the objective, AdamW and the averages of a joint stage. What is
 measured is the peak of resident memory, above what the process held before the model was built. The
 autoencoders are frozen, or learn with `--learning`; `--recompute` checkpoints the prior's blocks.
+Attention is fused throughout, as a plan has it: a CPU would write much of it out.
 
 glibc keeps freed memory for later. MALLOC_MMAP_THRESHOLD_=65536 is set for the processes, so that
 every larger tensor has pages of its own and gives them back when it ends.
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from machine import forget_peak, resident
 
+from unified import attention
 from unified.config import Config, EMAConfig
 from unified.data.streams import Prepared
 from unified.planning.draft import Draft
@@ -114,6 +116,7 @@ def warm_up() -> None:
 
 def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     """Peak of resident memory, in bytes, over two optimizer steps, above the beginning's."""
+    attention.KEYS = 0
     before = forget_peak()
     modalities = {n: cls.build(o, None) for n, (cls, o) in modality_plugins(config).items()}
     prior = Prior(config.prior, {n: m.channels for n, m in modalities.items()})
