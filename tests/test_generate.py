@@ -240,3 +240,13 @@ def test_compiled_blocks_share_their_graphs(task: str):
     list(both(model, spy, task, Sampler(3, 2.0)))
     # a step in which some positions are known looks timesteps up for each of them
     assert graphs.frame_count <= 2 * len(shapes)
+
+
+def test_compiling_again_replaces_what_was_compiled():
+    model, first, second = toys.prior(), CompileCounter(), CompileCounter()
+    torch._dynamo.reset()
+    model.compile(backend=first)
+    model.compile(backend=second)
+    target, requests = REQUESTS["continuation"]
+    Generator(model, toys.layouts(BLOCK)).run("continuation", target, requests, Sampler(1))
+    assert first.frame_count == 0 < second.frame_count

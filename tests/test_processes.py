@@ -15,8 +15,11 @@ from typing import Any
 
 import processes
 import pytest
+import torch
 from torch import Tensor
 
+from unified import prior
+from unified.attention import see
 from unified.config import TrainingConfig
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
@@ -177,3 +180,19 @@ def test_a_first_checkpoint_that_is_damaged_starts_the_stage_anew(tmp_path: Path
     train(processes.config(folder))
     assert losses(folder) == losses(tmp_path / "alone")
     assert all(weights(folder)[n].equal(t) for n, t in weights(tmp_path / "alone").items())
+
+
+def test_settings_of_the_prior_reach_it_and_change_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled blocks (here as they are), and caches of fixed size in what is sampled."""
+    train(processes.config(tmp_path / "plain"))
+    compiled, backends = [], set()
+    monkeypatch.setattr(torch, "compile", lambda f, *_, **__: compiled.append(f) or f)
+    monkeypatch.setattr(prior, "see", lambda *args: backends.add(args[3]) or see(*args))
+    settings = ["training.compile=true", "training.attention=sdpa"]
+    train(processes.config(tmp_path / "set", *settings))
+    assert len(compiled) == 3
+    assert backends == {"sdpa"}
+    plain, found = weights(tmp_path / "plain"), weights(tmp_path / "set")
+    assert all(torch.equal(found[name], plain[name]) for name in plain)

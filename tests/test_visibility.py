@@ -13,7 +13,7 @@ import toys
 from torch.nn.attention.flex_attention import flex_attention
 
 from unified import attention
-from unified.attention import attend, dot_product, see
+from unified.attention import attend, check_trains, dot_product, see
 from unified.tasks import captioning, continuation, text_to_image
 from unified.visibility import (
     ALL,
@@ -298,3 +298,18 @@ def test_few_queries_and_many_keys_are_left_to_the_fused_kernel(monkeypatch):
         monkeypatch.setattr(attention, "QUERIES", queries)
         monkeypatch.setattr(attention, "KEYS", keys)
         assert (dot_product(x, x, x, None) == "written out") is written
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "precision", "sentence"),
+    [
+        ("flex", "cpu", "fp32", "attention is flex, which does not train on cpu: set it to sdpa"),
+        ("varlen", "cpu", "bf16", "attention is varlen, which does not train on cpu"),
+        ("varlen", "cuda", "fp32", "computes in bfloat16, but the precision is fp32"),
+    ],
+)
+def test_a_backend_that_does_not_train_is_refused(backend, kind, precision, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_trains(backend, torch.device(kind), precision)
+    check_trains("auto", torch.device(kind), precision)
+    check_trains("flex", torch.device("cuda"), precision)

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BACKENDS = ("sdpa", "flex", "varlen")
+#: devices on which flex does not train, and varlen does not run
+WITHOUT = ("cpu", "mps")
 #: queries of a tile, and from how many queries on a row is cut into tiles
 TILE, TILED = 128, 256
 
@@ -80,7 +82,21 @@ class Seen:
 
 def default_backend(device: torch.device) -> str:
     """``flex`` where the device trains with it, ``sdpa`` everywhere else."""
-    return "flex" if device.type not in ("cpu", "mps") else "sdpa"
+    return "sdpa" if device.type in WITHOUT else "flex"
+
+
+def check_trains(backend: str, device: torch.device, precision: str) -> None:
+    """ValueError for a backend that does not train on this device, in ``fp32`` or ``bf16``."""
+    if backend in ("flex", "varlen") and device.type in WITHOUT:
+        raise ValueError(
+            f"training.attention is {backend}, which does not train on {device.type}: set it to"
+            " sdpa or auto"
+        )
+    if backend == "varlen" and precision == "fp32":
+        raise ValueError(
+            "training.attention is varlen, which computes in bfloat16, but the precision is fp32:"
+            " set training.precision to bf16, or training.attention to flex"
+        )
 
 
 def see(
@@ -212,7 +228,7 @@ def _by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
 @cache
 def _varlen(device: str) -> Any:
     """FlashAttention as PyTorch has it. ValueError on a device without it."""
-    if device in ("cpu", "mps"):
+    if device in WITHOUT:
         raise ValueError(f"varlen attention needs an accelerator with FlashAttention, not {device}")
     from torch.nn.attention.varlen import varlen_attn
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -251,7 +252,8 @@ class Prior(nn.Module):
         """Compile the blocks (regional compilation: they share their graphs), as `torch.compile`
         with these options does."""
         for block in self.blocks:
-            block.mix = torch.compile(block.mix, *args, **options)  # type: ignore[assignment, arg-type]
+            eager = MethodType(Block.mix, block)  # not what an earlier call has made of it
+            block.mix = torch.compile(eager, *args, **options)  # type: ignore[assignment]
         self.static = True
 
     def forward(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from unified.attention import check_trains
 from unified.config import Config
 from unified.pipeline import UnifiedPipeline, write_json
 from unified.plugins import validate_plugins
@@ -98,7 +99,8 @@ def next_stage(config: Config, folder: RunFolder) -> int:
 
 
 def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
-    """The processes, precision and trackers of the run; ValueError as `check_processes` says."""
+    """The processes, precision and trackers of the run; ValueError as `check_processes`
+    and `check_trains` say."""
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
@@ -115,6 +117,7 @@ def start_accelerator(config: Config, folder: RunFolder) -> Accelerator:
         kwargs_handlers=distributed_settings(),
     )
     check_processes(accelerator, config.training.sharding)
+    check_trains(config.training.attention, device, precision)
     launched = accelerator.num_processes
     if (launched > 1 or by_accelerate) and accelerator.is_main_process:
         say(f"processes: {launched}, sharding {config.training.sharding}")
