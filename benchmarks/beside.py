@@ -1,7 +1,8 @@
-"""Our networks beside what one would take instead, on the CPU: time and FLOPs, in one process.
+"""Our networks beside what one would take instead: time and FLOPs, in one process.
 
     python benchmarks/beside.py                          # all pairs, a table; --json for JSON
     python benchmarks/beside.py --only flux --dtype bf16 --threads 4 --repeats 9
+    python benchmarks/beside.py --device cuda --dtype bf16 --size large
 
     sd3         the prior, all blocks multi-stream       diffusers' SD3Transformer2DModel
     flux        the prior, a third multi-stream          diffusers' FluxTransformer2DModel
@@ -32,10 +33,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import machine
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -79,10 +80,21 @@ class Size:
     vocabulary: int = 2048
     levels: tuple[int, ...] = (32, 64, 128, 128, 128)
     pixels: int = 64
+    device: str = "cpu"
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+
+#: `large` fills an accelerator
+SIZES = {
+    "small": Size(),
+    "large": Size(
+        width=1536, heads=12, depth=12, rows=8, side=32, caption=128, text=1024, vocabulary=32000,
+        levels=(128, 128, 256, 512, 512), pixels=256,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class Contender:
     def step(self, precision: str) -> None:
         for parameter in self.module.parameters():
             parameter.grad = None
-        with autocast(precision):
+        with machine.autocast(precision, next(self.module.parameters()).device.type):
             loss = self.loss()
         loss.backward()
         if self.optimizer is not None:
@@ -106,10 +118,6 @@ class Contender:
 
 
 Pair = tuple[Contender, Contender]
-
-
-def autocast(precision: str) -> AbstractContextManager[Any]:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def squared(*outputs: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ def new_prior(size: Size, multi: int, channels: Mapping[str, int] = CHANNELS) ->
     for parameter in prior.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return prior
+    return prior.to(size.device)
 
 
 #: a caption and an image that see each other, as in the models of diffusers
@@ -156,7 +164,7 @@ def painting(size: Size, layout: Layout) -> PackedBatch:
 
 
 def our_mmdit(size: Size, layout: Layout, multi: int) -> Contender:
-    prior, batch = new_prior(size, multi), painting(size, layout)
+    prior, batch = new_prior(size, multi), painting(size, layout).to(size.device)
     return Contender(
         "Prior", prior, int(batch.positions[0]), lambda: squared(*prior(batch).values())
     )
@@ -171,16 +179,22 @@ def sd3(size: Size) -> Pair:
         num_attention_heads=size.heads, joint_attention_dim=CHANNELS["text"],
         caption_projection_dim=size.width, pooled_projection_dim=CHANNELS["text"],
         pos_embed_max_size=size.side, qk_norm="rms_norm",
-    )  # fmt: skip
+    ).to(size.device)  # fmt: skip
     given = {
         "hidden_states": torch.randn(size.rows, CHANNELS["image"], size.side, size.side),
         "timestep": 1000 * torch.rand(size.rows),
         **conditions(size),
     }
+    given = there(given, size)
     ours = our_mmdit(size, OPEN, multi=size.depth)
     return ours, Contender(
         "SD3Transformer2DModel", theirs, ours.positions, lambda: squared(theirs(**given).sample)
     )
+
+
+def there(given: Mapping[str, Tensor], size: Size) -> dict[str, Tensor]:
+    """What a model is given, where it runs."""
+    return {name: x.to(size.device) for name, x in given.items()}
 
 
 def conditions(size: Size) -> dict[str, Tensor]:
@@ -200,7 +214,7 @@ def flux_model(size: Size) -> Contender:
         attention_head_dim=size.head_dim, num_attention_heads=size.heads,
         joint_attention_dim=CHANNELS["text"], pooled_projection_dim=CHANNELS["text"],
         axes_dims_rope=(size.head_dim - 2 * quarter, quarter, quarter),
-    )  # fmt: skip
+    ).to(size.device)  # fmt: skip
     cells = torch.cartesian_prod(*[torch.arange(size.side)] * 2)
     given = {
         "hidden_states": torch.randn(size.rows, size.side**2, CHANNELS["image"]),
@@ -209,6 +223,7 @@ def flux_model(size: Size) -> Contender:
         "txt_ids": torch.zeros(size.caption, 3),
         **conditions(size),
     }
+    given = there(given, size)
     positions = size.rows * (size.caption + size.side**2)
     return Contender(
         "FluxTransformer2DModel", theirs, positions, lambda: squared(theirs(**given).sample)
@@ -241,7 +256,7 @@ def llama(size: Size, inner: int, learns: bool) -> Contender:
         num_hidden_layers=size.depth, num_attention_heads=size.heads,
         max_position_embeddings=size.text, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
-    model, ids = LlamaForCausalLM(config), words(size)
+    model, ids = LlamaForCausalLM(config).to(size.device), words(size).to(size.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if learns else None
 
     def loss() -> Tensor:
@@ -309,7 +324,7 @@ def text_vae(size: Size) -> Pair:
         encoder_num_blocks=size.depth // 2, decoder_num_blocks=size.depth - size.depth // 2,
         latent_dim=CHANNELS["text"], max_tokens=size.text, mask_weight=0,
     )  # fmt: skip
-    modality, ids = TextModality(config, None), words(size)
+    modality, ids = TextModality(config, None).to(size.device), words(size)
     ours = Contender("TextModality", modality, ids.numel(), lambda: own_loss(modality, list(ids)))
     return ours, llama(size, inner, learns=False)
 
@@ -326,12 +341,12 @@ def image_vae(size: Size) -> Pair:
             "network": {"block_out_channels": size.levels, "norm_groups": groups},
         }
     )  # fmt: skip
-    ours, other = (ImageModality.build(config, None) for _ in range(2))
+    ours, other = (ImageModality.build(config, None).to(size.device) for _ in range(2))
     network = other.codec.network
     bytes_B3HW = torch.randint(256, (size.rows, 3, size.pixels, size.pixels), dtype=torch.uint8)
 
     def plain() -> Tensor:
-        x_B3HW = to_unit(bytes_B3HW, torch.float32)
+        x_B3HW = to_unit(bytes_B3HW.to(size.device), torch.float32)
         posterior = network.encode(x_B3HW).latent_dist
         error = nn.functional.l1_loss(network.decode(posterior.sample()).sample.float(), x_B3HW)
         return error + config.beta * posterior.kl().mean()
@@ -370,10 +385,12 @@ def take_turns(pair: Pair, precision: str, repeats: int) -> list[dict[str, list[
     taken: list[dict[str, list[float]]] = [{name: [] for name in clocks} for _ in pair]
     for contender in pair:
         contender.step(precision)
+    machine.wait()
     for _ in range(repeats):
         for contender, times in zip(pair, taken, strict=True):
             before = {name: clock() for name, clock in clocks.items()}
             contender.step(precision)
+            machine.wait()
             for name, clock in clocks.items():
                 times[name].append(clock() - before[name])
     return taken
@@ -440,17 +457,18 @@ def count(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    machine.add_device_options(parser)
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=count, default=5, help="steps of either one")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    rows, size = [], replace(SIZES[args.size], device=args.device)
     if not args.json:
         print(HEADER)
     for name in args.only:
-        rows.append(measure(name, Size(), args.dtype, args.repeats))
+        rows.append(measure(name, size, args.dtype, args.repeats))
         if not args.json:
             print(line(rows[-1]), flush=True)
     if args.json:

@@ -3,6 +3,7 @@
     python benchmarks/generation.py                       # a table; --json for JSON
     python benchmarks/generation.py --dtype bf16 --batch 1 --threads 2
     python benchmarks/generation.py --compile             # the prior's blocks compiled
+    python benchmarks/generation.py --device cuda --compile reduce-overhead
     python benchmarks/generation.py --check --new 32      # and compare tokens with the slow path
 
 What is timed is the path of every user: prompt ids are encoded and prefilled, each block is
@@ -87,15 +88,15 @@ def check(generation: Generation) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
     before = machine.forget_peak()
-    limit = machine.Limit(args.dtype, args.matmul_seconds)
+    limit = machine.Limit(args.dtype, args.matmul_seconds, args.device)
     limit.look()
-    pipeline = reference.build(args.size)
+    pipeline = reference.build(args.size, device=args.device)
     settings = {"num_steps": args.steps, "guidance_scale": args.guidance}
     generation = Generation(pipeline, args.batch, args.prompt, args.new, **settings)
     if args.compile:
-        pipeline.prior.compile()
+        pipeline.prior.compile(mode=args.compile)
     firsts = []
-    with machine.autocast(args.dtype):
+    with machine.autocast(args.dtype, args.device):
         first_run = machine.seconds(generation)
         best = machine.best_of(lambda: firsts.append(generation()[1]), args.repeats)
     limit.look()
@@ -121,7 +122,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--new", type=int, default=64, help="tokens to generate")
     made.add_argument("--steps", type=int, default=16, help="of the ODE, per block")
     made.add_argument("--guidance", type=float, default=7.0, help="1: no unconditional pass")
-    made.add_argument("--compile", action="store_true", help="compile the prior's blocks")
+    machine.add_compile_option(made)
     made.add_argument("--check", action="store_true", help="compare tokens with the slow path")
     return made
 

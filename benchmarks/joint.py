@@ -62,7 +62,7 @@ Timed = tuple[Callable[[], object], int, int]
 class Joint:
     """The model, and the examples it is run on."""
 
-    def __init__(self, size: str):
+    def __init__(self, size: str, device: str):
         self.config = configuration(size)
         self.sources = Sources(self.config)
         torch.manual_seed(0)
@@ -70,6 +70,7 @@ class Joint:
         self.pipeline = UnifiedPipeline.build(self.config, corpora)
         for module in self.pipeline.modules.values():
             reference.nudge(module)
+        self.pipeline.to(device)
 
     def step(self, vae_lr_ratio: float) -> Timed:
         """A step of the joint stage, on its first batch."""
@@ -141,9 +142,9 @@ def timed(joint: Joint, args: argparse.Namespace) -> dict[tuple[str, int], Calla
 def measure(what: str, make: Callable[[], Timed], args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
     before = machine.forget_peak()
-    limit = machine.Limit(args.dtype, args.matmul_seconds)
+    limit = machine.Limit(args.dtype, args.matmul_seconds, args.device)
     limit.look()
-    with machine.autocast(args.dtype):
+    with machine.autocast(args.dtype, args.device):
         run, items, flops = make()
         first = machine.seconds(run)
         best = machine.best_of(run, args.repeats)
@@ -172,7 +173,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = machine.parse(options(), arguments)
-    rows = timed(Joint(args.size), args)
+    rows = timed(Joint(args.size, args.device), args)
     machine.show([measure(what, make, args) for (what, _), make in rows.items()], args)
 
 

@@ -3,8 +3,10 @@
     python benchmarks/machine.py --dtype bf16     # the machine's matmul GFLOP/s; --json for JSON
 
 A time alone says little: neighbours of a shared machine move it by up to ten times. So each
-benchmark measures matmuls of 1024 in its own process, around what it times, and gives its speed as
-a *share* of theirs: (model FLOP/s) / (matmul FLOP/s) at one precision and number of threads.
+benchmark measures matmuls in its own process, around what it times, and gives its speed as a
+*share* of theirs: (model FLOP/s) / (matmul FLOP/s) at one precision and number of threads. Matrices
+are 1024 x 1024 on a CPU and 8192 x 8192 on an accelerator, which smaller ones do not fill; there
+fp32 is float32, without TF32.
 """
 
 from __future__ import annotations
@@ -23,35 +25,46 @@ import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: side of the matrices whose product is the machine's limit, and the shortest burst of products
-SIDE, BURST = 1024, 0.05
+#: side of the matrices whose product is the limit of a CPU and of any other device, and the
+#: shortest burst of products
+SIDE, WIDE_SIDE, BURST = 1024, 8192, 0.05
 GIB = 1 << 30
 
 
-def matmul_flops(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """FLOP/s of products of 1024 x 1024 matrices: the best burst within about so many `seconds`."""
-    a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
+def matmul_flops(dtype: torch.dtype, seconds: float = 1.0, device: str = "cpu") -> float:
+    """FLOP/s of products of square matrices: the best burst within about so many `seconds`."""
+    side = SIDE if device == "cpu" else WIDE_SIDE
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out, best, end = torch.empty_like(a), 0.0, time.perf_counter() + seconds
     while not best or time.perf_counter() < end:
+        wait()
         count, start = 0, time.perf_counter()
         while (spent := time.perf_counter() - start) < BURST or not count:
             torch.mm(a, b, out=out)
+            wait()
             count += 1
-        best = max(best, count * 2 * SIDE**3 / spent)
+        best = max(best, count * 2 * side**3 / spent)
     return best
+
+
+def wait() -> None:
+    """Until an accelerator, if there is one, has done what it was told."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 @dataclass
 class Limit:
-    """The machine's matmul FLOP/s at the precision `name`, looked at `seconds` long each time."""
+    """A device's matmul FLOP/s at the precision `name`, looked at `seconds` long each time."""
 
     name: str
     seconds: float = 1.0
+    device: str = "cpu"
     seen: list[float] = field(default_factory=list)
 
     def look(self) -> None:
         """Measure once more."""
-        self.seen.append(matmul_flops(DTYPES[self.name], self.seconds))
+        self.seen.append(matmul_flops(DTYPES[self.name], self.seconds, self.device))
 
     def share(self, flops: float, seconds: float) -> float:
         """What part of the fastest matmuls so far `flops` in `seconds` is."""
@@ -64,9 +77,9 @@ class Limit:
         return {"matmul_gflops_before": first, "matmul_gflops_after": last}
 
 
-def autocast(name: str) -> AbstractContextManager[Any]:
+def autocast(name: str, device: str = "cpu") -> AbstractContextManager[Any]:
     """The precision `name` as training has it: bf16 is autocast over weights in float32."""
-    return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else nullcontext()
+    return torch.autocast(device, torch.bfloat16) if name == "bf16" else nullcontext()
 
 
 def best_of(run: Callable[[], object], repeats: int) -> float:
@@ -75,9 +88,11 @@ def best_of(run: Callable[[], object], repeats: int) -> float:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Seconds of one run."""
+    """Seconds of one run, until the device is done."""
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - start
 
 
@@ -93,7 +108,9 @@ def resident(what: str) -> int:
 
 
 def forget_peak() -> int:
-    """Let the peak of resident memory begin anew; what is resident now, in bytes."""
+    """Let the peaks of memory begin anew; what is resident now, in bytes."""
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 
@@ -104,8 +121,12 @@ def peak_rss_gb() -> float:
 
 
 def memory_columns(before: int) -> dict[str, float]:
-    """The peak of resident memory, and its part above the `before` that `forget_peak` gave."""
-    return {"peak_rss_gb": peak_rss_gb(), "rss_above_gb": peak_rss_gb() - before / GIB}
+    """The peak of resident memory, and its part above the `before` that `forget_peak` gave; with an
+    accelerator also the peak of what was allocated there."""
+    found = {"peak_rss_gb": peak_rss_gb(), "rss_above_gb": peak_rss_gb() - before / GIB}
+    if torch.accelerator.is_available():
+        found["peak_device_gb"] = torch.accelerator.max_memory_allocated() / GIB
+    return found
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -120,11 +141,31 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_model_options(to: argparse.ArgumentParser, sizes: Sequence[str]) -> None:
-    """Which model, at which precision, how often, and how long matmuls are measured."""
+    """Which model, where, at which precision, how often, and how long matmuls are measured."""
     to.add_argument("--size", choices=sizes, default=sizes[0])
-    to.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    add_device_options(to)
     to.add_argument("--repeats", type=int, default=3, help="the best of so many runs counts")
     to.add_argument("--matmul-seconds", type=float, default=1.0, help="before, and again after")
+
+
+def add_compile_option(to: argparse.ArgumentParser) -> None:
+    """Whether the prior's blocks are compiled, and in which mode of `torch.compile`."""
+    to.add_argument(
+        "--compile", nargs="?", const="default", metavar="MODE",
+        help="compile the prior's blocks; reduce-overhead: with CUDA graphs",
+    )  # fmt: skip
+
+
+def add_device_options(to: argparse.ArgumentParser) -> None:
+    """Where, and at which precision."""
+    to.add_argument("--device", choices=devices(), default="cpu")
+    to.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+
+
+def devices() -> list[str]:
+    """The kinds of device that are here."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if found is None else ["cpu", found.type]
 
 
 def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -135,9 +176,11 @@ def parse(options: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     return args
 
 
-def describe(dtype: str | None = None) -> dict[str, Any]:
+def describe(dtype: str | None = None, device: str = "cpu") -> dict[str, Any]:
     """What a figure was measured on."""
     found = {"threads": torch.get_num_threads(), "dtype": dtype}
+    if device != "cpu":
+        found["device"] = torch.get_device_module(device).get_device_name()
     return {k: v for k, v in found.items() if v} | {"torch": torch.__version__, "cpu": cpu_name()}
 
 
@@ -151,7 +194,7 @@ def cpu_name() -> str:
 
 def show(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> None:
     """Print `rows` under a line on the machine: a table, or with ``--json`` one object."""
-    machine = describe(getattr(args, "dtype", None))
+    machine = describe(getattr(args, "dtype", None), getattr(args, "device", "cpu"))
     if args.json:
         print(json.dumps({"machine": machine, "rows": list(rows)}, indent=2))
         return
@@ -184,10 +227,11 @@ def randn(shape: Sequence[int], seed: int) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    add_device_options(options)
     options.add_argument("--seconds", type=float, default=3.0)
     args = parse(options, arguments)
-    show([{"matmul_gflops": matmul_flops(DTYPES[args.dtype], args.seconds) / 1e9}], args)
+    found = matmul_flops(DTYPES[args.dtype], args.seconds, args.device)
+    show([{"matmul_gflops": found / 1e9}], args)
 
 
 if __name__ == "__main__":

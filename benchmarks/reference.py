@@ -44,6 +44,17 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "block": 16,
     },
+    # the official sizes, of cola-2b.yaml
+    "2b": {
+        "text": {
+            "vocab_size": 100278, "dim": 1536, "ffn_dim": 6144, "num_heads": 12, "latent_dim": 16,
+            "encoder_num_blocks": 4, "decoder_num_blocks": 4,
+        },
+        "prior": {
+            "width": 2048, "heads": 16, "head_dim": 128, "rope_dim": 96, "single_stream_depth": 24,
+        },
+        "block": 16,
+    },
     "tiny": {
         "text": {
             "vocab_size": 64, "dim": 16, "ffn_dim": 32, "num_heads": 2, "latent_dim": 4,
@@ -80,23 +91,25 @@ def configuration(size: str = "reference") -> Config:
     )
 
 
-def build(size: str = "reference", seed: int = 0) -> UnifiedPipeline:
-    """The model on ids, with random weights."""
+def build(size: str = "reference", seed: int = 0, device: str = "cpu") -> UnifiedPipeline:
+    """The model on ids, with random weights, made where it is to run."""
     config = configuration(size)
     torch.manual_seed(seed)
-    text = IdsModality(TextConfig(**config.modalities["text"].options), None)
-    prior = Prior(config.prior, {"text": text.channels})
-    for module in (text, prior):
-        nudge(module, seed)
+    with torch.device(device):
+        text = IdsModality(TextConfig(**config.modalities["text"].options), None)
+        prior = Prior(config.prior, {"text": text.channels})
+        for module in (text, prior):
+            nudge(module, seed)
     return UnifiedPipeline(config, {"text": text}, build_tasks(config), prior)
 
 
 def nudge(module: nn.Module, seed: int = 0) -> None:
     """Move every parameter a little, so that no gate stays shut."""
-    rng = torch.Generator().manual_seed(seed)
+    device = next(module.parameters()).device
+    rng = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter += NUDGE * torch.randn(parameter.shape, generator=rng)
+            parameter += NUDGE * torch.randn(parameter.shape, generator=rng, device=device)
 
 
 def random_ids(config: Config, shape: tuple[int, ...], seed: int = 0) -> Tensor:

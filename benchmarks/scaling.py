@@ -51,20 +51,24 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
     return linear_regression([log(v) for v in x], [log(v) for v in y]).slope
 
 
+def model(args: argparse.Namespace) -> UnifiedPipeline:
+    return reference.build(args.size, device=args.device)
+
+
 def samples(count: int, args: argparse.Namespace) -> tuple[float, int]:
-    step, flops = train_step.text_step(reference.build(args.size), count, LENGTH[args.size])
+    step, flops = train_step.text_step(model(args), count, LENGTH[args.size])
     return timed(step, args), flops
 
 
 def length(latents: int, args: argparse.Namespace) -> tuple[float, int]:
     """Seconds and FLOPs of one sample."""
     count = max(POINTS[args.size]["length"]) // latents
-    step, flops = train_step.text_step(reference.build(args.size), count, latents)
+    step, flops = train_step.text_step(model(args), count, latents)
     return timed(step, args) / count, flops // count
 
 
 def image(side: int, args: argparse.Namespace) -> tuple[float, int | None]:
-    pipeline = pictures(args.size, max(POINTS[args.size]["image"]))
+    pipeline = pictures(args.size, max(POINTS[args.size]["image"]), args.device)
     rng = torch.Generator().manual_seed(0)
     observation = {
         "C": reference.random_ids(pipeline.config, (CAPTION[args.size],)),
@@ -77,7 +81,7 @@ def image(side: int, args: argparse.Namespace) -> tuple[float, int | None]:
 
 def batch(count: int, args: argparse.Namespace) -> tuple[float, int]:
     prompt = LENGTH[args.size] // 2
-    run = generation.Generation(reference.build(args.size), count, prompt, prompt // 2)
+    run = generation.Generation(model(args), count, prompt, prompt // 2)
     return timed(run, args), run.flops
 
 
@@ -89,7 +93,7 @@ PARTS: Mapping[str, Callable[[int, argparse.Namespace], tuple[float, int | None]
 }
 
 
-def pictures(size: str, side: int) -> UnifiedPipeline:
+def pictures(size: str, side: int, device: str) -> UnifiedPipeline:
     """The reference model with images of up to `side` pixels, in cells of 16, beside its text."""
     tree = reference.configuration(size).model_dump()
     network = {"block_out_channels": [16, 16], "layers_per_block": 1, "norm_groups": 4}
@@ -101,12 +105,12 @@ def pictures(size: str, side: int) -> UnifiedPipeline:
     tree["tasks"] = {"text_to_image": {"type": "text_to_image", "source": "s", "block": block}}
     pipeline = UnifiedPipeline.build(Config.model_validate(tree))
     reference.nudge(pipeline.prior)
-    return pipeline
+    return pipeline.to(device)
 
 
 def timed(run: Callable[[], object], args: argparse.Namespace) -> float:
     """The best of `--repeats` runs, after one that is not timed."""
-    with machine.autocast(args.dtype):
+    with machine.autocast(args.dtype, args.device):
         run()
         return machine.best_of(run, args.repeats)
 
@@ -126,10 +130,10 @@ def measure(part: str, args: argparse.Namespace, limit: machine.Limit) -> list[d
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = machine.parser(__doc__)
-    machine.add_model_options(options, list(reference.SIZES))
+    machine.add_model_options(options, list(POINTS))
     options.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     args = machine.parse(options, arguments)
-    limit = machine.Limit(args.dtype, args.matmul_seconds)
+    limit = machine.Limit(args.dtype, args.matmul_seconds, args.device)
     rows = [row for part in args.only for row in measure(part, args, limit)]
     machine.show(rows, args)
 

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                       # a table; --json for JSON
     python benchmarks/train_step.py --dtype bf16 --threads 2
     python benchmarks/train_step.py --batch 8 --accumulate 2 --recompute --compile
+    python benchmarks/train_step.py --device cuda --dtype bf16 --size 2b --attention flex --compile
 
 A step is that of the training loop: the objective plans (on the CPU, without the network) and runs
 forward and backward, gradients are clipped, and fused AdamW moves the prior. The text VAE is
@@ -26,6 +27,7 @@ import reference
 import torch
 from torch import Tensor
 
+from unified.attention import BACKENDS
 from unified.config import StageConfig
 from unified.data.streams import Prepared
 from unified.modalities.text.modality import TextConfig
@@ -114,13 +116,13 @@ def text_step(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row of the table."""
     before = machine.forget_peak()
-    limit = machine.Limit(args.dtype, args.matmul_seconds)
+    limit = machine.Limit(args.dtype, args.matmul_seconds, args.device)
     limit.look()
-    pipeline = reference.build(args.size)
-    pipeline.prior.recompute = args.recompute
+    pipeline = reference.build(args.size, device=args.device)
+    pipeline.prior.recompute, pipeline.prior.attention = args.recompute, args.attention
     if args.compile:
-        pipeline.prior.compile()
-    with machine.autocast(args.dtype):
+        pipeline.prior.compile(mode=args.compile)
+    with machine.autocast(args.dtype, args.device):
         step, flops = text_step(pipeline, args.batch, args.seqlen, args.accumulate)
         first = machine.seconds(step)
         best = machine.best_of(step, args.repeats)
@@ -146,7 +148,8 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=512, help="clean latents of a sample")
     made.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
     made.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    made.add_argument("--compile", action="store_true", help="compile the prior's blocks")
+    made.add_argument("--attention", choices=BACKENDS, help="by default what the device takes")
+    machine.add_compile_option(made)
     return made
 
 

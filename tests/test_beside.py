@@ -52,7 +52,7 @@ def test_the_gates_of_a_prior_are_open():
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(beside, "Size", lambda: SMALL)
+    monkeypatch.setitem(beside.SIZES, "small", SMALL)
     threads = str(torch.get_num_threads())
     options = ["beside", "--only", "flux", "--repeats", "1", "--threads", threads]
     monkeypatch.setattr("sys.argv", [*options, "--json"])
