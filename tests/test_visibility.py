@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
+from devices import DEVICES
 from torch.nn.attention.flex_attention import flex_attention
 
 from unified import attention
@@ -146,17 +147,27 @@ def test_flex_and_sdpa_agree():
 
 
 @pytest.mark.slow
-def test_compiled_flex_agrees():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_flex_agrees(device, dtype):
+    """With gradients where the device has them; heads and rows as wide as models have them."""
     layouts = toys.layouts()
-    batch = toys.batch(toys.samples(10), layouts)
-    rows, length = batch.shape
+    batch = toys.batch(toys.samples(40), layouts, row_length=300).to(device)
+    learns = device.type != "cpu"
     g = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, rows, length, 2, 16, generator=g).unbind(0)
-    with torch.no_grad():
-        dense = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="sdpa"))
-        flex = attend(q, k, v, see(batch.visibility, batch.coordinates, backend="flex"))
-    held = batch.coordinates.sample >= 0
-    torch.testing.assert_close(flex[held], dense[held], atol=1e-6, rtol=1e-5)
+    shape = (*batch.shape, 2, 64)
+    q, k, v, out = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(4))
+    held = (batch.coordinates.sample >= 0)[..., None, None]
+    found = []
+    for backend in ("sdpa", "flex"):
+        given = [x.clone().requires_grad_(learns) for x in (q, k, v)]
+        seen = see(batch.visibility, batch.coordinates, backend=backend)
+        with torch.set_grad_enabled(learns):
+            made = attend(*given, seen) * held
+        found.append([made, *(torch.autograd.grad(made, given, out) if learns else [])])
+    near = 0.03 if dtype == torch.bfloat16 else 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=near, rtol=near)
 
 
 def by_hand(q, k, v, query_starts, key_starts, longest_query, longest_key):
@@ -174,16 +185,11 @@ def by_hand(q, k, v, query_starts, key_starts, longest_query, longest_key):
     return torch.cat(out)
 
 
-DEVICES = ["cpu"] + (["accelerator"] if torch.accelerator.is_available() else [])
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_of_queries_see_what_the_mask_shows(monkeypatch, device):
     """On a CPU, which has no such kernel, with one written by hand."""
-    if device == "cpu":
+    if device.type == "cpu":
         monkeypatch.setattr(attention, "_varlen", lambda kind: by_hand)
-    else:
-        device = torch.accelerator.current_accelerator()
     layouts = toys.layouts()
     batch = toys.batch(toys.samples(10), layouts).to(device)
     g = torch.Generator().manual_seed(0)

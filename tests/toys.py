@@ -82,10 +82,8 @@ def batch(
 
 def prior(multi: int = 1, single: int = 1, seed: int = 0, **options: int) -> Prior:
     """A small prior in float64 whose every weight is random, so that nothing is gated away."""
-    config = PriorConfig(
-        width=16, heads=2, head_dim=8, rope_dim=6, mlp_ratio=2,
-        multi_stream_depth=multi, single_stream_depth=single, **options,
-    )  # fmt: skip
+    sizes = {"width": 16, "heads": 2, "head_dim": 8, "rope_dim": 6, "mlp_ratio": 2, **options}
+    config = PriorConfig(multi_stream_depth=multi, single_stream_depth=single, **sizes)
     model = Prior(config, CHANNELS).double()
     rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 BACKENDS = ("sdpa", "flex", "varlen")
 #: devices on which flex does not train, and varlen does not run
 WITHOUT = ("cpu", "mps")
+#: the least channels of a head that flex's kernel for accelerators takes
+FLEX_HEAD = 16
 #: queries of a tile, and from how many queries on a row is cut into tiles
 TILE, TILED = 128, 256
 
@@ -80,9 +82,11 @@ class Seen:
     runs: Runs | None = None
 
 
-def default_backend(device: torch.device) -> str:
-    """``flex`` where the device trains with it, ``sdpa`` everywhere else."""
-    return "sdpa" if device.type in WITHOUT else "flex"
+def default_backend(like: Tensor, head_dim: int) -> str:
+    """``flex`` where heads of this size train with it on the device of `like` and in its dtype,
+    ``sdpa`` everywhere else."""
+    fits = head_dim >= FLEX_HEAD and like.dtype != torch.float64
+    return "flex" if fits and like.device.type not in WITHOUT else "sdpa"
 
 
 def check_trains(backend: str, device: torch.device, precision: str) -> None:
@@ -103,11 +107,11 @@ def see(
     visibility: Visibility,
     query: Coordinates,
     key: Coordinates | None = None,
-    backend: str | None = None,
+    *,
+    backend: str,
 ) -> Seen:
     """Compile the rule for these positions. ValueError for an unknown backend."""
     key = key or query
-    backend = backend or default_backend(query.sample.device)
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
     if backend == "sdpa":

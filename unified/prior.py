@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unified.attention import Seen, attend, see
+from unified.attention import Seen, attend, default_backend, see
 from unified.cache import KVCache, Room
 from unified.config import PriorConfig
 from unified.layers import (
@@ -280,14 +280,16 @@ class Prior(nn.Module):
         """Where the positions of `batch` are, behind what is committed to `cache`."""
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         rows, length = batch.shape
+        like = self.timestep.proj_in.weight
+        backend = self.attention or default_backend(like, self.config.head_dim)
         turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
         return Geometry(
             shape=batch.shape,
             where={
                 m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
             },
-            turns=wide(turns.to(self.timestep.proj_in.weight.dtype)),
-            seen=see(batch.visibility, batch.coordinates, keys, self.attention),
+            turns=wide(turns.to(like.dtype)),
+            seen=see(batch.visibility, batch.coordinates, keys, backend=backend),
         )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:

@@ -32,12 +32,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_FAR = 1 << 30
+#: farther than any two blocks are apart, and the distance between the numbers of two kinds
+_FAR, _APART = 1 << 30, 1 << 32
+#: a sample of which there is no key, not even padding
+_NOWHERE = -2
 
 
 class Interval(NamedTuple):
@@ -131,15 +136,32 @@ class Visibility:
     def mask_mod(
         self, query: Coordinates, key: Coordinates | None = None
     ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """The same rule as FlexAttention's ``mask_mod(row, head, query, key)``."""
+        """The same rule as FlexAttention's ``mask_mod(row, head, query, key)``.
+
+        A table that is looked up for each pair would not fit into the fast memory of a GPU's
+        kernel. So each key has one number, of its sample, kind and block, and each query sees one
+        interval of these numbers per kind.
+        """
         key = key or query
+        kinds = len(self.kind_index)
+        number_RS = (key.sample * kinds + key.kind) * _APART + key.block
+
+        def ends(bounds_TKK: Tensor) -> list[Tensor]:
+            """Where the intervals [R, Q] of a query end on one side; one for each kind."""
+            bounds_RQK = bounds_TKK[query.table, query.kind] + query.block[..., None]
+            base_RQ = torch.where(query.sample >= 0, query.sample, _NOWHERE) * kinds
+            return [(base_RQ + k) * _APART + bounds_RQK[..., k] for k in range(kinds)]
+
+        lows, highs = ends(self.lo_TKK), ends(self.hi_TKK)
 
         def visible(r: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             del h
-            return self._rule(
-                query.sample[r, i], query.table[r, i], query.kind[r, i], query.block[r, i],
-                key.sample[r, j], key.kind[r, j], key.block[r, j],
-            )  # fmt: skip
+            number = number_RS[r, j]
+            inside = [
+                (lo_RQ[r, i] <= number) & (number <= hi_RQ[r, i])
+                for lo_RQ, hi_RQ in zip(lows, highs, strict=True)
+            ]
+            return reduce(or_, inside)
 
         return visible
 

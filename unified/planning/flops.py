@@ -92,10 +92,11 @@ def timesteps(batch: PackedBatch) -> int:
 def visible_pairs(batch: PackedBatch) -> int:
     """How many (query, key) pairs of `batch` see each other, counted by block."""
     fields = ("sample", "table", "kind", "block")
-    rows = torch.stack([getattr(batch.coordinates, f) for f in fields])
+    at, visibility = batch.coordinates.to("cpu"), batch.visibility.to("cpu")
+    rows = torch.stack([getattr(at, f) for f in fields])
     pairs = 0
     for row_4L in rows.unbind(1):
         groups_4G, size_G = row_4L.unique(dim=1, return_counts=True)
-        seen_GG = batch.visibility.dense(Coordinates(*(g[None] for g in groups_4G)))[0]
+        seen_GG = visibility.dense(Coordinates(*(g[None] for g in groups_4G)))[0]
         pairs += int(size_G @ seen_GG.long() @ size_G)
     return pairs

@@ -1,0 +1,112 @@
+"""On the CPU, and on an accelerator where there is one: the results in float32 are those in float64
+on the CPU, by every way to get them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import toys
+from devices import DEVICES
+
+from unified.attention import BACKENDS, WITHOUT, default_backend
+from unified.generate import Generator, Request
+from unified.modality import Latent
+from unified.prior import Prior
+from unified.sampler import Sampler
+
+pytestmark = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.type)
+
+CPU = torch.device("cpu")
+#: heads as small as flex takes them
+WIDE = {"head_dim": 16, "rope_dim": 12}
+BLOCK = 4
+
+
+def prior(device: torch.device, dtype: torch.dtype = torch.float32) -> Prior:
+    return toys.prior(multi=1, single=2, **WIDE).to(device, dtype)
+
+
+def losses(model: Prior) -> list[torch.Tensor]:
+    """Velocities of a batch of all tasks, and the gradients of their squares, on the CPU."""
+    like = next(model.parameters())
+    batch = toys.batch(toys.samples(12), toys.layouts(), row_length=150).to(like.device)
+    for m, z in batch.latents.items():
+        batch.latents[m] = z.to(like.dtype)
+    found = model(batch)
+    sum(v.square().mean() for v in found.values()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [x.detach().to(CPU, torch.float64) for x in (*found.values(), *gradients)]
+
+
+def backends(device: torch.device) -> list[str | None]:
+    """Those that compute in float32 here, and train."""
+    return [None, "sdpa"] if device.type in WITHOUT else [None, *BACKENDS[:2]]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_velocities_and_gradients(device: torch.device, compiled: bool):
+    expected = losses(prior(CPU, torch.float64))
+    for backend in backends(device):
+        model = prior(device)
+        model.attention = backend
+        if compiled:
+            model.compile()
+        for one, other in zip(losses(model), expected, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-3)
+
+
+REQUESTS: dict[str, tuple[str, dict[str, tuple[int, ...]], tuple[int, ...]]] = {
+    "continuation": ("C", {"C": (6,)}, (12,)),
+    "captioning": ("C", {"P": (2,), "I": (2, 3)}, (8,)),
+    "text_to_image": ("I", {"C": (4,)}, (3, 2)),
+}
+
+
+def generated(model: Prior, task: str) -> torch.Tensor:
+    """What three requests give, guided, on the CPU."""
+    target, given, grid = REQUESTS[task]
+    layouts = toys.layouts(BLOCK)
+    made = []
+    for seed in range(3):
+        latents = toys.latents([toys.Sample(task, given)], layouts, seed)[0]
+        made.append(Request({k: Latent(z, given[k]) for k, z in latents.items()}, grid, seed))
+    found = Generator(model, layouts).run(task, target, made, Sampler(4, 2.0))
+    return torch.stack([z.values for z in found]).to(CPU, torch.float64)
+
+
+def as_it_is(model: Prior) -> None:
+    """Changes nothing."""
+
+
+def static(model: Prior) -> None:
+    model.static = True
+
+
+WAYS: dict[str, Callable[[Prior], None]] = {
+    "as it is": as_it_is,
+    "static": static,
+    "compiled": lambda model: model.compile(dynamic=False),
+    "with graphs": lambda model: model.compile(mode="reduce-overhead"),
+}
+
+
+@pytest.mark.parametrize("task", REQUESTS)
+@pytest.mark.parametrize(
+    "way", [*list(WAYS)[:2], *[pytest.param(w, marks=pytest.mark.slow) for w in list(WAYS)[2:]]]
+)
+def test_what_is_generated(device: torch.device, way: str, task: str):
+    torch._dynamo.reset()
+    model = prior(device)
+    WAYS[way](model)
+    expected = generated(prior(CPU, torch.float64), task)
+    torch.testing.assert_close(generated(model, task), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_the_default_backend_takes_the_heads_and_the_precision(device: torch.device):
+    best = "sdpa" if device.type in WITHOUT else "flex"
+    assert default_backend(torch.zeros(1, device=device), 16) == best
+    assert default_backend(torch.zeros(1, device=device), 8) == "sdpa"
+    if device.type != "mps":
+        assert default_backend(torch.zeros(1, device=device).double(), 16) == "sdpa"
