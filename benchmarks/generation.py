@@ -3,7 +3,7 @@
     python benchmarks/generation.py                       # a table; --json for JSON
     python benchmarks/generation.py --dtype bf16 --batch 1 --threads 2
     python benchmarks/generation.py --compile             # the prior's blocks compiled
-    python benchmarks/generation.py --device cuda --compile reduce-overhead
+    python benchmarks/generation.py --device cuda --dtype bf16 --no-graphs
     python benchmarks/generation.py --check --new 32      # and compare tokens with the slow path
 
 What is timed is the path of every user: prompt ids are encoded and prefilled, each block is
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     limit = machine.Limit(args.dtype, args.matmul_seconds, args.device)
     limit.look()
     pipeline = reference.build(args.size, device=args.device)
-    settings = {"num_steps": args.steps, "guidance_scale": args.guidance}
+    settings = {"num_steps": args.steps, "guidance_scale": args.guidance, "graphs": args.graphs}
     generation = Generation(pipeline, args.batch, args.prompt, args.new, **settings)
     if args.compile:
         pipeline.prior.compile(mode=args.compile)
@@ -123,6 +123,10 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=16, help="of the ODE, per block")
     made.add_argument("--guidance", type=float, default=7.0, help="1: no unconditional pass")
     machine.add_compile_option(made)
+    made.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True,
+        help="record a step and replay it, where the device can",
+    )  # fmt: skip
     made.add_argument("--check", action="store_true", help="compare tokens with the slow path")
     return made
 

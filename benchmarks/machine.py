@@ -152,7 +152,7 @@ def add_compile_option(to: argparse.ArgumentParser) -> None:
     """Whether the prior's blocks are compiled, and in which mode of `torch.compile`."""
     to.add_argument(
         "--compile", nargs="?", const="default", metavar="MODE",
-        help="compile the prior's blocks; reduce-overhead: with CUDA graphs",
+        help="compile the prior's blocks",
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ from unified.evaluation.reconstruction import reconstruct
 from unified.modalities.text.modality import TextModality
 from unified.modality import Latent
 from unified.pipeline import UnifiedPipeline
-from unified.training.precision import arithmetic
+from unified.precision import arithmetic
 from unified.training.stages import Sources
 
 PAINTING, CAPTIONING, CONTINUATION = "text_to_image", "captioning", "continuation"

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from toy_stage import lines, stage_config, toy, training_config
+from toy_stage import lines, on_the_cpu, stage_config, toy, training_config
 
 from unified.config import IntervalConfig
 from unified.errors import StoppedError
@@ -32,7 +32,7 @@ from unified.weights import (
 
 @pytest.fixture
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return on_the_cpu()
 
 
 def everything(folder: Path) -> dict[str, Tensor]:

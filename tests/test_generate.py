@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 import toys
+from recording import RecordedGraph
 from torch._dynamo.testing import CompileCounter
 
 from unified.cache import KVCache
 from unified.generate import Generator, Request
+from unified.graphs import Replayed
 from unified.modality import Latent
 from unified.randomness import generator
 from unified.sampler import Sampler
@@ -184,6 +186,37 @@ def test_what_is_missing_is_named():
         maker.run("captioning", "C", [Request({}, (4,), 0)], Sampler(1))
     with pytest.raises(ValueError, match="this task cannot generate P"):
         maker.run("captioning", "P", [Request({}, (4,), 0)], Sampler(1))
+
+
+# ---- recorded -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"unconditional_every": 2}, {"settle": 0.3}])
+@pytest.mark.parametrize("task", REQUESTS)
+def test_a_recorded_step_gives_what_a_step_gives(task: str, settings: dict, monkeypatch):
+    target, requests = REQUESTS[task]
+    generator = Generator(toys.prior(), toys.layouts(BLOCK))
+    sampler = Sampler(8, 2.0, **settings)
+    plain = generator.run(task, target, requests, sampler)
+    monkeypatch.setattr(torch.cpu, "CUDAGraph", RecordedGraph, raising=False)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    recorded = generator.run(task, target, requests, sampler)
+    assert RecordedGraph.replays > 0
+    for one, other in zip(plain, recorded, strict=True):
+        assert torch.equal(one.values, other.values)
+    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    generator.run(task, target, requests, replace(sampler, graphs=False))
+    assert RecordedGraph.replays == 0
+
+
+def test_what_reads_something_beside_tensors_is_not_replayed_rightly(monkeypatch):
+    """The stand-in shows the mistake that a device would make."""
+    monkeypatch.setattr(torch.cpu, "CUDAGraph", RecordedGraph, raising=False)
+    right, wrong = Replayed(lambda x: (x + x,)), Replayed(lambda x: (x + float(x),))
+    for step in range(1, 4):
+        x = torch.tensor(float(step))
+        assert right(x)[0] == 2 * step
+        assert wrong(x)[0] == (2 * step if step < 3 else 5)
 
 
 # ---- compiled -----------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ PLUGINS = ("modalities", "tasks", "demos")
 #: A module of the core imports from its own layer and those above it in this list, never below.
 LAYERS = [
     {"errors", "units"},
-    {"visibility", "registry", "config", "configuring", "randomness", "weights", "linear"},
+    {"visibility", "registry", "config", "configuring", "randomness"},
+    {"precision", "weights", "linear", "graphs"},
     {"modality", "critic"},
     {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
-from toy_stage import ToyObjective, interval_stage, lines, stage_config, toy, training_config
+from toy_stage import (
+    ToyObjective,
+    interval_stage,
+    lines,
+    on_the_cpu,
+    stage_config,
+    toy,
+    training_config,
+)
 
 from unified.config import EMAConfig, IntervalConfig, OptimizerConfig
 from unified.training import checkpoint, trend
@@ -24,8 +34,9 @@ from unified.training.optim import build_optimizer, learning_rate, vae_learns
 
 
 @pytest.fixture
-def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+def accelerator() -> Iterator[Accelerator]:
+    yield on_the_cpu()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def raw_weights(folder: Path, stage: str = "toy") -> dict[str, Tensor]:
@@ -82,15 +93,10 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, accelerator: Ac
         train_stage(stage, accelerator)
 
 
+@pytest.mark.usefixtures("accelerator")
 def test_bf16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        stage = toy(tmp_path, stage_config(steps=60))
-        train_stage(stage, Accelerator(cpu=True, mixed_precision="bf16"))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    stage = toy(tmp_path, stage_config(steps=60))
+    train_stage(stage, on_the_cpu(mixed_precision="bf16"))
     assert {t.dtype for t in raw_weights(tmp_path).values()} == {torch.float32}
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from unified.config import StageConfig, TrainingConfig
@@ -134,10 +136,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def on_the_cpu(**options: Any) -> Accelerator:
+    """A new accelerator, whatever this process has used so far."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True, **options)
+
+
 def main(folder: str, world: str) -> None:
     """Run the toy stage under torchrun, and insist on the number of processes."""
-    from accelerate import Accelerator
-
     from unified.training.parallel import distributed_settings
 
     accelerator = Accelerator(cpu=True, kwargs_handlers=distributed_settings())

@@ -5,8 +5,8 @@ forward pass; every layer then shares it. Three backends give equal results:
 
 * ``sdpa``: PyTorch's scaled-dot-product attention under a dense boolean mask (on a CPU, up to some
   length, the products that it is made of). Runs and trains on every device; its cost is dense in
-  the row length, so long rows are cut into tiles of queries, each of which is shown just the keys
-  that one of them sees.
+  the row length, so a CPU cuts long rows into tiles of queries, each of which is shown just the
+  keys that one of them sees.
 * ``flex``: FlexAttention with a block mask, which skips invisible blocks. On the CPU it has no
   backward pass, so there it is for inference only.
 * ``varlen``: FlashAttention over runs of queries that see the same keys, which are gathered for
@@ -38,7 +38,7 @@ BACKENDS = ("sdpa", "flex", "varlen")
 WITHOUT = ("cpu", "mps")
 #: the least channels of a head that flex's kernel for accelerators takes
 FLEX_HEAD = 16
-#: queries of a tile, and from how many queries on a row is cut into tiles
+#: queries of a tile, and from how many queries on a row is cut into tiles, or left to flex
 TILE, TILED = 128, 256
 
 #: from how many queries on, and up to how many keys, a CPU's attention is written out: there the
@@ -82,10 +82,10 @@ class Seen:
     runs: Runs | None = None
 
 
-def default_backend(like: Tensor, head_dim: int) -> str:
-    """``flex`` where heads of this size train with it on the device of `like` and in its dtype,
+def default_backend(like: Tensor, head_dim: int, queries: int) -> str:
+    """``flex`` for long rows whose heads train with it on the device of `like` and in its dtype,
     ``sdpa`` everywhere else."""
-    fits = head_dim >= FLEX_HEAD and like.dtype != torch.float64
+    fits = head_dim >= FLEX_HEAD and queries >= TILED and like.dtype != torch.float64
     return "flex" if fits and like.device.type not in WITHOUT else "sdpa"
 
 
@@ -118,7 +118,7 @@ def see(
         mask_RQS = visibility.dense(query, key)
         if mask_RQS.all():
             return Seen()
-        if mask_RQS.shape[1] < TILED:
+        if mask_RQS.shape[1] < TILED or mask_RQS.device.type != "cpu":
             return Seen(dense=mask_RQS[:, None])
         return Seen(tiles=[[_tile(m) for m in row.split(TILE)] for row in mask_RQS.unbind()])
     if backend == "varlen":
@@ -184,7 +184,10 @@ def dot_product(
         if is_causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
         return written_out(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if mask is None or q.device.type == "cpu":
+        return out
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0)  # accelerators give anything
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -269,6 +269,11 @@ class GenerationConfig(Part):
     num_steps: int = Field(16, gt=0)
     solver: Literal["euler", "heun", "ab2"] = "euler"
     time_shift: float = Field(1.0, gt=0, allow_inf_nan=False)
+    #: arithmetic of the networks (bf16 is autocast; null: as the caller has set it); the flow is
+    #: integrated in float32 in any case
+    precision: Literal["fp32", "bf16", "auto"] | None = None
+    #: record a step of a block once, and replay it, on devices that can (CUDA graphs)
+    graphs: bool = True
     #: rounding of the timestep that the network sees
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
     #: a block goes straight on to its end when that should miss it by less than this share of its

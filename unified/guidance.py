@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from unified.cache import KVCache
 from unified.flow import round_timesteps
+from unified.graphs import Replayed, replays
 from unified.prior import Geometry, Prior, Timesteps
 from unified.sampler import NEAR, Sampler
 from unified.sequence import PackedBatch
@@ -54,10 +56,12 @@ Batches = Callable[[Sequence[int]], tuple[PackedBatch, PackedBatch | None]]
 
 
 class Placed(NamedTuple):
-    """Blocks that are denoised, with or without their unconditional copies, and where they are."""
+    """Blocks that are denoised, with or without their unconditional copies, where they are, and
+    their velocities: `run` of latents [N, C] and a timestep gives those of each copy, [N, C]."""
 
     batch: PackedBatch
     geometry: Geometry
+    run: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class GuidedVelocity:
@@ -98,21 +102,27 @@ class GuidedVelocity:
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
-            return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
+            return self.plain.run(z_NC, t)[0] * self.unknown_N[:, None]
         now = float(t)
         if self.difference_NC is None or any(abs(now - f) < NEAR for f in self.fresh):
-            v_c, v_u = self._velocities(self.both, z_NC, t)
+            v_c, v_u = self.both.run(z_NC, t)
             self.difference_NC = v_c - v_u
         else:
-            (v_c,) = self._velocities(self.plain, z_NC, t)
+            (v_c,) = self.plain.run(z_NC, t)
             v_u = v_c - self.difference_NC
         return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
 
     def _place(self, rows: list[int]) -> None:
         """Take the blocks of these rows, behind what is in the cache."""
         plain, both = self.batches(rows)
-        self.rows, self.plain = rows, Placed(plain, self.prior.geometry(plain, self.cache))
-        self.both = Placed(both, self.prior.geometry(both, self.cache)) if both else None
+        self.rows, self.plain = rows, self._placed(plain)
+        self.both = self._placed(both) if both else None
+
+    def _placed(self, batch: PackedBatch) -> Placed:
+        geometry = self.prior.geometry(batch, self.cache)
+        run = partial(self._velocities, batch, geometry)
+        again = self.sampler.graphs and replays(batch.time_RL.device)
+        return Placed(batch, geometry, Replayed(run) if again else run)
 
     def only(self, rows: Sequence[int]) -> GuidedVelocity:
         """The same of these blocks alone."""
@@ -130,14 +140,16 @@ class GuidedVelocity:
             part.difference_NC = chosen(self.difference_NC)
         return part
 
-    def _velocities(self, placed: Placed, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Conditional velocity [N, C], and the unconditional one if `placed` has the copies."""
+    def _velocities(
+        self, batch: PackedBatch, geometry: Geometry, z_NC: Tensor, t: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Conditional velocity [N, C], and the unconditional one if `batch` has the copies."""
         latents = [{self.kind: part} for part in z_NC.split(self.lengths)]
-        batch = placed.batch.with_latents(latents)
+        batch = batch.with_latents(latents)
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
         rounded = round_timesteps(t, self.sampler.round_timesteps).to(batch.time_RL)
         batch = replace(batch, time_RL=self._times(batch, rounded, copies))
-        found = self.prior(batch, self.cache, self.times, placed.geometry)
+        found = self.prior(batch, self.cache, self.times, geometry)
         v = found[self.modality].to(z_NC.dtype)
         parts = v.split([n for n in self.lengths for _ in range(copies)])
         return tuple(torch.cat(parts[i::copies]) for i in range(copies))

@@ -8,9 +8,11 @@ a known beginning (a prompt to continue) runs along the first axis of its observ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from unified.config import GenerationConfig
 from unified.generate import Generator, Request
 from unified.linear import generating
 from unified.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
+from unified.precision import arithmetic
 from unified.prior import Prior
 from unified.randomness import derive, generator
 from unified.sampler import Sampler
@@ -28,6 +31,7 @@ from unified.task import Task
 PADDED: dict[str, Side] = {"left": "left", "right": "right"}
 
 Seed = int | Sequence[int] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,16 @@ class Inference:
                 items[i] = item
         return items
 
-    @generating
-    @torch.no_grad()
     def stream(
         self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None
     ) -> Iterator[dict[int, Any]]:
         """After every block, ``{wish: its item so far}``; a wish whose item has ended drops out."""
+        precision = partial(arithmetic, settings.precision, self.generator.device)
+        return within(self._blocks(wishes, settings, seed), generating, torch.no_grad, precision)
+
+    def _blocks(
+        self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed
+    ) -> Iterator[dict[int, Any]]:
         if not wishes:
             return
         starts = [self._observe(w, settings) for w in wishes]
@@ -213,6 +221,19 @@ class Inference:
             return self.modality.realise_all(made)
         cut = made if self.target.block is None or wish.size is None else made[: wish.size]
         return self.modality.realise(cut)
+
+
+def within(steps: Iterator[T], *contexts: Callable[[], AbstractContextManager[Any]]) -> Iterator[T]:
+    """`steps`, each of which is made within these contexts, but not what is done in between."""
+    while True:
+        with ExitStack() as entered:
+            for context in contexts:
+                entered.enter_context(context())
+            try:
+                step = next(steps)
+            except StopIteration:
+                return
+        yield step
 
 
 def seeds(seed: Seed, count: int) -> list[int]:

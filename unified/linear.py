@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from functools import cache
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 #: activation -> how it is computed after a product, and what oneDNN calls it
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str]]] = {
@@ -105,20 +103,11 @@ def _packs(dtype: torch.dtype, device: str) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and supported())
 
 
-def generating(run: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
-    """A generator function that runs with packed weights; its caller, in between, does not."""
-
-    @wraps(run)
-    def stepwise(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        steps = run(*args, **kwargs)
-        while True:
-            token = _generating.set(True)
-            try:
-                step = next(steps)
-            except StopIteration:
-                return
-            finally:
-                _generating.reset(token)
-            yield step
-
-    return stepwise
+@contextmanager
+def generating() -> Iterator[None]:
+    """Within it, layers read packed weights, where there are any."""
+    token = _generating.set(True)
+    try:
+        yield
+    finally:
+        _generating.reset(token)

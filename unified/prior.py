@@ -281,7 +281,7 @@ class Prior(nn.Module):
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         rows, length = batch.shape
         like = self.timestep.proj_in.weight
-        backend = self.attention or default_backend(like, self.config.head_dim)
+        backend = self.attention or default_backend(like, self.config.head_dim, length)
         turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
         return Geometry(
             shape=batch.shape,

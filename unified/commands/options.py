@@ -42,9 +42,11 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest text to g
 
 
 def open_pipeline(checkpoint: str, trust_remote_code: bool = False) -> UnifiedPipeline:
+    """The pipeline, on this machine's accelerator if there is one."""
     from unified.pipeline import UnifiedPipeline
+    from unified.precision import current_device
 
-    return UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code, current_device())
 
 
 def given(

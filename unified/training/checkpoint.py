@@ -94,14 +94,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, module: nn.Module, names: Mapping[str, Any]
 ) -> None:
-    """Give the optimizer the (empty) state that `optimizer_tensors` named. AdamW keeps its step
-    counts on the CPU."""
+    """Give the optimizer the (empty) state that `optimizer_tensors` named. Fused AdamW keeps its
+    step counts where the parameters are."""
     parameters = dict(module.named_parameters())
     optimizer.state.clear()
     for name in names:
         key, _, parameter = name.partition("/")
         target = parameters[parameter].detach()
-        empty = torch.zeros(()) if key == "step" else torch.zeros_like(target)
+        count = torch.zeros((), device=target.device)
+        empty = count if key == "step" else torch.zeros_like(target)
         optimizer.state[parameters[parameter]][key] = empty
 
 

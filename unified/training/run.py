@@ -18,6 +18,7 @@ from unified.attention import check_trains
 from unified.config import Config
 from unified.pipeline import UnifiedPipeline, write_json
 from unified.plugins import validate_plugins
+from unified.precision import current_device, resolve
 from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.export import exported, origin
@@ -26,7 +27,6 @@ from unified.training.init import as_json, initialise
 from unified.training.loop import Stage, planned_steps, train_stage
 from unified.training.metrics import say, tracker_names
 from unified.training.parallel import distributed_settings, from_main
-from unified.training.precision import current_device, resolve
 from unified.training.stages import Materials, Sources
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which arithmetic a run uses: bfloat16 autocast only where the hardware has it.
+"""Which arithmetic networks use: bfloat16 autocast only where the hardware has it.
 
 A processor without bfloat16 instructions emulates them, up to seventy times slower than float32.
 """
@@ -37,8 +37,10 @@ def resolve(precision: str, device: torch.device) -> str:
     return "bf16" if has_bfloat16(device) else "fp32"
 
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Within it, networks on `device` compute as in a run of this `precision`."""
-    if resolve(precision, device) == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+def arithmetic(precision: str | None, device: torch.device) -> AbstractContextManager[object]:
+    """Within it, networks on `device` compute in this `precision`, ``fp32``, ``bf16`` or ``auto``;
+    without one, as around it."""
+    if precision is None:
+        return nullcontext()
+    lower = resolve(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=lower)
