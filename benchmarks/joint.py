@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import machine
@@ -70,7 +71,14 @@ class Joint:
         self.pipeline = UnifiedPipeline.build(self.config, corpora)
         for module in self.pipeline.modules.values():
             reference.nudge(module)
-        self.pipeline.to(device)
+        self.device = device
+
+    def flops(self, count: Callable[[], int]) -> int:
+        """FLOPs as the CPU counts them; then the model is where it runs."""
+        self.pipeline.to("cpu")
+        found = count()
+        self.pipeline.to(self.device)
+        return found
 
     def step(self, vae_lr_ratio: float) -> Timed:
         """A step of the joint stage, on its first batch."""
@@ -82,7 +90,7 @@ class Joint:
         assert isinstance(objective, JointObjective)
         examples = materials.mixture(stage.batch_size, stage.name, workers=0).batch(0)
         step = Step(objective, stage, [examples])
-        return step, stage.batch_size, step_flops(step)
+        return step, stage.batch_size, self.flops(partial(step_flops, step))
 
     def text_to_image(self, batch: int) -> Timed:
         captions = [example["text"] for example in self._examples(batch)]
@@ -90,7 +98,7 @@ class Joint:
         def run() -> object:
             return self.pipeline.text_to_image(captions, seed=0)
 
-        return run, batch, forward_flops(run)
+        return run, batch, self.flops(partial(forward_flops, run))
 
     def captioning(self, batch: int, new: int) -> Timed:
         images = [example["image"] for example in self._examples(batch)]
@@ -99,7 +107,7 @@ class Joint:
         def run() -> object:
             return self.pipeline.caption(images, max_new_tokens=new, seed=0)
 
-        return run, batch, forward_flops(run)
+        return run, batch, self.flops(partial(forward_flops, run))
 
     def _examples(self, count: int) -> list[Example]:
         source = self.sources("emoji", "val")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class RecordedGraph(TorchDispatchMode):
+class Graph(TorchDispatchMode):
     """The part of `CUDAGraph` that is used. `replays` counts over all graphs."""
 
     replays = 0
@@ -22,7 +23,7 @@ class RecordedGraph(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
-    def capture_begin(self, **options: Any) -> None:
+    def capture_begin(self, pool: object, **options: Any) -> None:
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -34,8 +35,21 @@ class RecordedGraph(TorchDispatchMode):
         return made
 
     def replay(self) -> None:
-        RecordedGraph.replays += 1
+        Graph.replays += 1
         for func, args, kwargs, made in self.calls:
             for old, new in zip(tree_leaves(made), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, torch.Tensor) and old is not new and old.data_ptr():
                     old.copy_(new)
+
+
+class Pool:
+    """Memory that recordings share: on the CPU, none."""
+
+    id = (0, 0)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the CPU graphs, of which none has been replayed."""
+    monkeypatch.setattr(torch.cpu, "CUDAGraph", Graph, raising=False)
+    monkeypatch.setattr(torch.cpu, "MemPool", Pool, raising=False)
+    monkeypatch.setattr(Graph, "replays", 0)

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from unified import cli
+from unified.precision import current_device
 
 CONFIG = """
 modalities:
@@ -180,7 +181,8 @@ class FakePipeline:
     calls: list[tuple] = []  # noqa: RUF012 - reset by the fixture
 
     @classmethod
-    def from_pretrained(cls, folder, trust_remote_code):
+    def from_pretrained(cls, folder, trust_remote_code, device):
+        assert device == current_device()
         cls.calls.append(("from_pretrained", str(folder), trust_remote_code))
         return cls()
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 
 import pytest
+import recording
 import torch
 import toys
-from recording import RecordedGraph
 from torch._dynamo.testing import CompileCounter
 
 from unified.cache import KVCache
 from unified.generate import Generator, Request
-from unified.graphs import Replayed
+from unified.graphs import Recording
 from unified.modality import Latent
 from unified.randomness import generator
 from unified.sampler import Sampler
@@ -198,25 +199,38 @@ def test_a_recorded_step_gives_what_a_step_gives(task: str, settings: dict, monk
     generator = Generator(toys.prior(), toys.layouts(BLOCK))
     sampler = Sampler(8, 2.0, **settings)
     plain = generator.run(task, target, requests, sampler)
-    monkeypatch.setattr(torch.cpu, "CUDAGraph", RecordedGraph, raising=False)
-    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    recording.install(monkeypatch)
     recorded = generator.run(task, target, requests, sampler)
-    assert RecordedGraph.replays > 0
+    assert recording.Graph.replays > 0
     for one, other in zip(plain, recorded, strict=True):
         assert torch.equal(one.values, other.values)
-    monkeypatch.setattr(RecordedGraph, "replays", 0)
+    monkeypatch.setattr(recording.Graph, "replays", 0)
     generator.run(task, target, requests, replace(sampler, graphs=False))
-    assert RecordedGraph.replays == 0
+    assert recording.Graph.replays == 0
 
 
 def test_what_reads_something_beside_tensors_is_not_replayed_rightly(monkeypatch):
     """The stand-in shows the mistake that a device would make."""
-    monkeypatch.setattr(torch.cpu, "CUDAGraph", RecordedGraph, raising=False)
-    right, wrong = Replayed(lambda x: (x + x,)), Replayed(lambda x: (x + float(x),))
+    recording.install(monkeypatch)
+    model = torch.nn.Identity()
+    right, wrong = Recording(model), Recording(model)
     for step in range(1, 4):
         x = torch.tensor(float(step))
-        assert right(x)[0] == 2 * step
-        assert wrong(x)[0] == (2 * step if step < 3 else 5)
+        assert right(lambda x: (x + x,), x)[0] == 2 * step
+        assert wrong(lambda x: (x + float(x),), x)[0] == (2 * step if step < 3 else 5)
+
+
+def test_a_recording_is_gone_when_it_is_let_go_of(monkeypatch):
+    """It is in no cycle, so that no other one is being made when it is deleted."""
+    recording.install(monkeypatch)
+    target, requests = REQUESTS["continuation"]
+    generator = Generator(toys.prior(), toys.layouts(BLOCK))
+    gc.disable()
+    try:
+        generator.run("continuation", target, requests, Sampler(4, 2.0))
+        assert not [x for x in gc.get_objects() if isinstance(x, Recording)]
+    finally:
+        gc.enable()
 
 
 # ---- compiled -----------------------------------------------------------------------------------

@@ -4,17 +4,27 @@ A pass of the prior over one block is a few hundred kernels, each of which Pytho
 where the block is short, the device waits for Python. All steps of a block launch the same kernels
 on the same memory, but for the noisy latents and the timestep. So the first step runs as it is
 (whatever is made once, is made there), the second is recorded, and from then on the recording runs.
+
+Recordings of one model follow each other, so they share their memory, and the stream on which they
+are made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Run = Callable[..., tuple[Tensor, ...]]
+
+#: model -> the memory of its recordings
+_pools: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def replays(device: torch.device) -> bool:
@@ -29,40 +39,68 @@ def _module(device: torch.device) -> Any:
     return torch.get_device_module(device)
 
 
-class Replayed:
-    """`run`, which must do the same with all tensors [...] of the same shapes: nothing in it may
-    read a value back from the device, and what it reads beside its arguments must stay where it
-    is."""
+@cache
+def _aside(device: torch.device) -> Any:
+    """A stream for recordings, which must not be made on the one that all else uses. A new one
+    each time would come with workspaces of its own."""
+    with torch.accelerator.device_index(device.index):
+        return _module(device).Stream()
 
-    def __init__(self, run: Run):
-        self.run, self.warm = run, False
+
+class Recording:
+    """A function that does the same with all tensors [...] of the same shapes: it reads no value
+    back from the device, and what it reads beside its arguments stays where it is.
+
+    It is told anew in every call and not kept, so that a recording is never part of a cycle: the
+    garbage collector could otherwise delete it in the middle of making another, which no device
+    takes.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.warm = model, False
         self.graph: Any = None
 
-    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, run: Run, *given: Tensor) -> tuple[Tensor, ...]:
+        """What ``run(*given)`` gives."""
         if not self.warm:
             self.warm = True
-            return self.run(*given)
+            return run(*given)
         if self.graph is None:
-            self._record(given)
+            self._record(run, given)
         for mine, now in zip(self.given, given, strict=True):
             mine.copy_(now)
         self.graph.replay()
         return tuple(made.clone() for made in self.made)
 
-    def _record(self, given: tuple[Tensor, ...]) -> None:
-        """Record one run, which does not happen yet; never on the stream that all else uses."""
+    def _record(self, run: Run, given: tuple[Tensor, ...]) -> None:
+        """Record one run, which does not happen yet."""
         device = given[0].device
-        module = _module(device)
+        module, aside = _module(device), _aside(device)
         self.given = [x.clone() for x in given]
-        self.graph = module.CUDAGraph()
-        with torch.accelerator.device_index(device.index):
-            here, aside = module.current_stream(), module.Stream()
+        if self.model not in _pools:
+            _pools[self.model] = module.MemPool()
+        graph = module.CUDAGraph()
+        with torch.accelerator.device_index(device.index), _no_collection():
+            here = module.current_stream()
             aside.wait_stream(here)
             with module.stream(aside):
                 # other threads may use the device meanwhile
-                self.graph.capture_begin(capture_error_mode="thread_local")
+                graph.capture_begin(_pools[self.model].id, capture_error_mode="thread_local")
                 try:
-                    self.made = self.run(*self.given)
+                    self.made = run(*self.given)
                 finally:
-                    self.graph.capture_end()
+                    graph.capture_end()
             here.wait_stream(aside)
+        self.graph = graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is deleted but what is let go of."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

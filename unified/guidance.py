@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unified.cache import KVCache
 from unified.flow import round_timesteps
-from unified.graphs import Replayed, replays
+from unified.graphs import Recording, replays
 from unified.prior import Geometry, Prior, Timesteps
 from unified.sampler import NEAR, Sampler
 from unified.sequence import PackedBatch
@@ -57,11 +57,11 @@ Batches = Callable[[Sequence[int]], tuple[PackedBatch, PackedBatch | None]]
 
 class Placed(NamedTuple):
     """Blocks that are denoised, with or without their unconditional copies, where they are, and
-    their velocities: `run` of latents [N, C] and a timestep gives those of each copy, [N, C]."""
+    a recording of what gives their velocities, where there can be one."""
 
     batch: PackedBatch
     geometry: Geometry
-    run: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    recording: Recording | None
 
 
 class GuidedVelocity:
@@ -102,13 +102,13 @@ class GuidedVelocity:
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         if self.both is None or not self.sampler.guides(t):
-            return self.plain.run(z_NC, t)[0] * self.unknown_N[:, None]
+            return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
         now = float(t)
         if self.difference_NC is None or any(abs(now - f) < NEAR for f in self.fresh):
-            v_c, v_u = self.both.run(z_NC, t)
+            v_c, v_u = self._velocities(self.both, z_NC, t)
             self.difference_NC = v_c - v_u
         else:
-            (v_c,) = self.plain.run(z_NC, t)
+            (v_c,) = self._velocities(self.plain, z_NC, t)
             v_u = v_c - self.difference_NC
         return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
 
@@ -119,10 +119,9 @@ class GuidedVelocity:
         self.both = self._placed(both) if both else None
 
     def _placed(self, batch: PackedBatch) -> Placed:
-        geometry = self.prior.geometry(batch, self.cache)
-        run = partial(self._velocities, batch, geometry)
         again = self.sampler.graphs and replays(batch.time_RL.device)
-        return Placed(batch, geometry, Replayed(run) if again else run)
+        geometry = self.prior.geometry(batch, self.cache)
+        return Placed(batch, geometry, Recording(self.prior) if again else None)
 
     def only(self, rows: Sequence[int]) -> GuidedVelocity:
         """The same of these blocks alone."""
@@ -140,10 +139,15 @@ class GuidedVelocity:
             part.difference_NC = chosen(self.difference_NC)
         return part
 
-    def _velocities(
+    def _velocities(self, placed: Placed, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """Conditional velocity [N, C], and the unconditional one if `placed` has the copies."""
+        run = partial(self._pass, placed.batch, placed.geometry)
+        return run(z_NC, t) if placed.recording is None else placed.recording(run, z_NC, t)
+
+    def _pass(
         self, batch: PackedBatch, geometry: Geometry, z_NC: Tensor, t: Tensor
     ) -> tuple[Tensor, ...]:
-        """Conditional velocity [N, C], and the unconditional one if `batch` has the copies."""
+        """The velocities [N, C] of each copy, by one pass of the prior."""
         latents = [{self.kind: part} for part in z_NC.split(self.lengths)]
         batch = batch.with_latents(latents)
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
