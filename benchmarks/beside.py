@@ -277,7 +277,7 @@ def text(size: Size) -> Pair:
         }
     )  # fmt: skip
     unused = TextConfig(vocab_size=8, dim=8, ffn_dim=8, num_heads=1, latent_dim=CHANNELS["text"])
-    modalities = {"text": TextModality(unused, None)}
+    modalities = {"text": TextModality(unused, None).to(size.device)}
     layouts = {"continuation": Continuation(task).layout}
     objective = JointObjective(prior, modalities, layouts, stage, FlowConfig(), seed=0)
     examples = [stored(slot, size.text) for slot in range(size.rows)]
@@ -372,12 +372,8 @@ PAIRS: dict[str, Callable[[Size], Pair]] = {
 
 def flops(contender: Contender, precision: str) -> dict[str, int]:
     """FLOPs of a step, and those of its layers, without the two products of attention."""
-    if isinstance(contender.module, Prior):
-        contender.module.attention = "sdpa"  # the counter knows no other
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         contender.step(precision)
-    if isinstance(contender.module, Prior):
-        contender.module.attention = None
     found = counter.get_flop_counts()["Global"]
     attention = sum(found.get(product, 0) for product in ATTENTION)
     return {"flops": sum(found.values()), "layer_flops": sum(found.values()) - attention}

@@ -148,7 +148,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--seqlen", type=int, default=512, help="clean latents of a sample")
     made.add_argument("--accumulate", type=int, default=1, help="microbatches of a step")
     made.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    made.add_argument("--attention", choices=BACKENDS, help="by default what the device takes")
+    made.add_argument("--attention", choices=BACKENDS, default="sdpa")
     machine.add_compile_option(made)
     return made
 

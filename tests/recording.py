@@ -23,7 +23,7 @@ class Graph(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
-    def capture_begin(self, pool: object, **options: Any) -> None:
+    def capture_begin(self, **options: Any) -> None:
         self.__enter__()
 
     def capture_end(self) -> None:
@@ -42,14 +42,7 @@ class Graph(TorchDispatchMode):
                     old.copy_(new)
 
 
-class Pool:
-    """Memory that recordings share: on the CPU, none."""
-
-    id = (0, 0)
-
-
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the CPU graphs, of which none has been replayed."""
     monkeypatch.setattr(torch.cpu, "CUDAGraph", Graph, raising=False)
-    monkeypatch.setattr(torch.cpu, "MemPool", Pool, raising=False)
     monkeypatch.setattr(Graph, "replays", 0)

@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 BACKENDS = ("sdpa", "flex", "varlen")
 #: devices on which flex does not train, and varlen does not run
 WITHOUT = ("cpu", "mps")
-#: the least channels of a head that flex's kernel for accelerators takes
-FLEX_HEAD = 16
-#: queries of a tile, and from how many queries on a row is cut into tiles, or left to flex
+#: queries of a tile, and from how many queries on a row is cut into tiles
 TILE, TILED = 128, 256
 
 #: from how many queries on, and up to how many keys, a CPU's attention is written out: there the
@@ -82,13 +80,6 @@ class Seen:
     runs: Runs | None = None
 
 
-def default_backend(like: Tensor, head_dim: int, queries: int) -> str:
-    """``flex`` for long rows whose heads train with it on the device of `like` and in its dtype,
-    ``sdpa`` everywhere else."""
-    fits = head_dim >= FLEX_HEAD and queries >= TILED and like.dtype != torch.float64
-    return "flex" if fits and like.device.type not in WITHOUT else "sdpa"
-
-
 def check_trains(backend: str, device: torch.device, precision: str) -> None:
     """ValueError for a backend that does not train on this device, in ``fp32`` or ``bf16``."""
     if backend in ("flex", "varlen") and device.type in WITHOUT:
@@ -107,8 +98,7 @@ def see(
     visibility: Visibility,
     query: Coordinates,
     key: Coordinates | None = None,
-    *,
-    backend: str,
+    backend: str = "sdpa",
 ) -> Seen:
     """Compile the rule for these positions. ValueError for an unknown backend."""
     key = key or query

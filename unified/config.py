@@ -241,7 +241,7 @@ class TrainingConfig(Part):
     shard_size: int | None = Field(None, gt=0)
     #: compute each block of the prior again in the backward pass instead of keeping its inside
     activation_checkpointing: bool = False
-    #: how the prior attends (`unified.attention`); auto is flex on an accelerator, else sdpa
+    #: how the prior attends (`unified.attention`); auto is sdpa
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     #: compile the prior's blocks, which share their graphs
     compile: bool = False
@@ -273,7 +273,7 @@ class GenerationConfig(Part):
     #: integrated in float32 in any case
     precision: Literal["fp32", "bf16", "auto"] | None = None
     #: record a step of a block once, and replay it, on devices that can (CUDA graphs)
-    graphs: bool = True
+    graphs: bool = False
     #: rounding of the timestep that the network sees
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
     #: a block goes straight on to its end when that should miss it by less than this share of its

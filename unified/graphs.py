@@ -5,8 +5,7 @@ where the block is short, the device waits for Python. All steps of a block laun
 on the same memory, but for the noisy latents and the timestep. So the first step runs as it is
 (whatever is made once, is made there), the second is recorded, and from then on the recording runs.
 
-Recordings of one model follow each other, so they share their memory, and the stream on which they
-are made.
+All recordings are made on one stream beside the main one.
 """
 
 from __future__ import annotations
@@ -16,15 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Run = Callable[..., tuple[Tensor, ...]]
-
-#: model -> the memory of its recordings
-_pools: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def replays(device: torch.device) -> bool:
@@ -56,8 +51,8 @@ class Recording:
     takes.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.warm = model, False
+    def __init__(self) -> None:
+        self.warm = False
         self.graph: Any = None
 
     def __call__(self, run: Run, *given: Tensor) -> tuple[Tensor, ...]:
@@ -77,15 +72,13 @@ class Recording:
         device = given[0].device
         module, aside = _module(device), _aside(device)
         self.given = [x.clone() for x in given]
-        if self.model not in _pools:
-            _pools[self.model] = module.MemPool()
         graph = module.CUDAGraph()
         with torch.accelerator.device_index(device.index), _no_collection():
             here = module.current_stream()
             aside.wait_stream(here)
             with module.stream(aside):
                 # other threads may use the device meanwhile
-                graph.capture_begin(_pools[self.model].id, capture_error_mode="thread_local")
+                graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self.made = run(*self.given)
                 finally:

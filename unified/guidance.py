@@ -121,7 +121,7 @@ class GuidedVelocity:
     def _placed(self, batch: PackedBatch) -> Placed:
         again = self.sampler.graphs and replays(batch.time_RL.device)
         geometry = self.prior.geometry(batch, self.cache)
-        return Placed(batch, geometry, Recording(self.prior) if again else None)
+        return Placed(batch, geometry, Recording() if again else None)
 
     def only(self, rows: Sequence[int]) -> GuidedVelocity:
         """The same of these blocks alone."""

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unified.attention import Seen, attend, default_backend, see
+from unified.attention import Seen, attend, see
 from unified.cache import KVCache, Room
 from unified.config import PriorConfig
 from unified.layers import (
@@ -220,8 +220,8 @@ class Prior(nn.Module):
         self.config, self.channels = config, dict(channels)
         #: keep only what goes into each block for the backward pass: less memory, more work
         self.recompute = False
-        #: the backend of `unified.attention`; None takes the device's default
-        self.attention: str | None = None
+        #: the backend of `unified.attention`
+        self.attention = "sdpa"
         #: rows and caches of generation are to have few different shapes: `compile` was called
         self.static = False
         self.project_in = nn.ModuleDict({m: Linear(c, config.width) for m, c in channels.items()})
@@ -280,16 +280,14 @@ class Prior(nn.Module):
         """Where the positions of `batch` are, behind what is committed to `cache`."""
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         rows, length = batch.shape
-        like = self.timestep.proj_in.weight
-        backend = self.attention or default_backend(like, self.config.head_dim, length)
         turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
         return Geometry(
             shape=batch.shape,
             where={
                 m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
             },
-            turns=wide(turns.to(like.dtype)),
-            seen=see(batch.visibility, batch.coordinates, keys, backend=backend),
+            turns=wide(turns.to(self.timestep.proj_in.weight.dtype)),
+            seen=see(batch.visibility, batch.coordinates, keys, self.attention),
         )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:

@@ -245,7 +245,7 @@ def _joint(
     learning = {n: m for n, m in pipeline.modalities.items() if anchored and not m.frozen}
     training = config.training
     pipeline.prior.recompute = training.activation_checkpointing
-    pipeline.prior.attention = None if training.attention == "auto" else training.attention
+    pipeline.prior.attention = "sdpa" if training.attention == "auto" else training.attention
     if training.compile:
         pipeline.prior.compile()
     return JointObjective(
