@@ -22,6 +22,12 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+def test_every_decision_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    written = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
+    assert re.findall(r"\(decisions/(.+?)\)", index)[-len(written) :] == written
+
+
 @pytest.mark.parametrize("task", ["continuation", "text_to_image", "captioning"])
 def test_the_drawings_are_those_of_the_tables(task: str) -> None:
     layout = task_layout(task, block=2)

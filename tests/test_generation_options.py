@@ -15,6 +15,7 @@ from torch import Tensor
 from unified.generate import Generator, Request
 from unified.guidance import Settling
 from unified.inference import Inference, Wish
+from unified.linear import product_dtype
 from unified.modalities.text.decoding import choose, probabilities
 from unified.modality import Choice, Latent
 from unified.pipeline import UnifiedPipeline
@@ -415,6 +416,29 @@ def test_the_prompt_can_be_a_sample_of_its_posterior(model: UnifiedPipeline) -> 
     assert one.equal(two)
     error = (one - mean) / (0.5 * posterior.logvar_LC).exp()
     assert 0.3 < float(error.detach().square().mean()) < 2.5
+
+
+def test_networks_take_the_precision_and_the_caller_keeps_its_own(model: UnifiedPipeline) -> None:
+    seen: list[torch.dtype] = []
+    layer = model.prior.blocks[0].register_forward_hook(lambda *_: seen.append(product_dtype(one)))
+    one = torch.ones(1)
+
+    def products(**settings: Any) -> set[torch.dtype]:
+        seen.clear()
+        for _ in model.stream("continuation", [{"C": "a big"}], size=8, seed=0, **settings):
+            assert product_dtype(one) == around
+        return set(seen)
+
+    try:
+        around = torch.float32
+        assert products() == {torch.float32}
+        assert products(precision="bf16") == {torch.bfloat16}
+        with torch.autocast("cpu", torch.bfloat16):
+            around = torch.bfloat16
+            assert products() == {torch.bfloat16}
+            assert products(precision="fp32") == {torch.float32}
+    finally:
+        layer.remove()
 
 
 # ---- tokens -------------------------------------------------------------------------------------

@@ -102,5 +102,5 @@ def look_up(rows_TW: Tensor, t_N: Tensor) -> Tensor:
 
 def modulate(x_NW: Tensor, shift_scale_TW: Tensor, t_N: Tensor) -> Tensor:
     """``x (1 + scale) + shift``; [T, 2W] is computed per distinct timestep, looked up by `t_N`."""
-    shift_NW, scale_NW = look_up(shift_scale_TW, t_N).chunk(2, dim=-1)
-    return torch.addcmul(shift_NW, x_NW, 1 + scale_NW)
+    shift_TW, scale_TW = wide(shift_scale_TW).chunk(2, dim=-1)
+    return torch.addcmul(look_up(shift_TW, t_N), x_NW, look_up(1 + scale_TW, t_N))

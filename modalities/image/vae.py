@@ -22,6 +22,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from unified.modalities.image.convolution import write_out
 from unified.modality import PluginConfig
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Codec(nn.Module):
 
     def __init__(self, network: AutoencoderKL, patch: int) -> None:
         super().__init__()
+        write_out(network)
         self.network = network
         self.patch = patch
         colours = network.config["in_channels"]
