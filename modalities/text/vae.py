@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         `lengths_B` counts each sample's real latents. ``block_size`` 1 never looks right, and
         does not need it.
         """
-        x_BLD = self.patch_embedder(self.wte(ids_BT).transpose(1, 2)).transpose(1, 2)
+        x_BLD = self.patch_embedder(self.wte(ids_BT).transpose(1, 2)).transpose(1, 2).contiguous()
         out_BLE = wide(self.final_layer(self.blocks(x_BLD, lengths_B)))
         mean_BLC, logvar_BLC = out_BLE.chunk(2, dim=-1)
         if self.config.encoder_last_ln:
