@@ -6,8 +6,8 @@ these faster than its own convolution runs, in bfloat16 up to three times, above
 the kernel; on large grids, copying the neighbourhoods costs more than is gained. Same numbers
 either way, but for the order of sums.
 
-Shape legend: B images, I channels in, O channels out, H and W the grid, k side of the kernel, N
-cells of all images, B * H * W.
+Shape legend: B images, I channels in, O channels out, H and W the grid, k side of the kernel, K
+cells of it, N cells of all images, B * H * W.
 """
 
 from __future__ import annotations
@@ -58,21 +58,24 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_BIHW: Tensor, weight_OIkk: Tensor, bias_O: Tensor) -> Tensor:
-        ctx.save_for_backward(x_BIHW, weight_OIkk)
-        rows = neighbourhoods(x_BIHW, weight_OIkk.shape[-1])
-        kernel = weight_OIkk.permute(0, 2, 3, 1).flatten(1)
-        return as_images(torch.addmm(bias_O, rows, kernel.T), x_BIHW)
+        ctx.side = weight_OIkk.shape[-1]
+        kernel_OKI = weight_OIkk.permute(0, 2, 3, 1).flatten(1, 2)
+        ctx.save_for_backward(x_BIHW, kernel_OKI)
+        rows = neighbourhoods(x_BIHW, ctx.side)
+        return as_images(torch.addmm(bias_O, rows, kernel_OKI.flatten(1).T), x_BIHW)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BOHW: Tensor) -> tuple[Tensor | None, ...]:
-        x_BIHW, weight_OIkk = ctx.saved_tensors
-        (out, channels, k, _), needs = weight_OIkk.shape, ctx.needs_input_grad
+        x_BIHW, kernel_OKI = ctx.saved_tensors
+        (out, _, channels), k, needs = kernel_OKI.shape, ctx.side, ctx.needs_input_grad
         grad_NO = grad_BOHW.permute(0, 2, 3, 1).reshape(-1, out)
         grad_x = grad_weight = None
         if needs[0]:  # the convolution with the kernel turned round
-            turned = weight_OIkk.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, channels)
-            grad_x = as_images(neighbourhoods(grad_BOHW, k) @ turned, x_BIHW)
+            turned_KOI = kernel_OKI.flip(1).transpose(0, 1)
+            grad_x = as_images(
+                neighbourhoods(grad_BOHW, k) @ turned_KOI.reshape(-1, channels), x_BIHW
+            )
         if needs[1]:
             product = grad_NO.T @ neighbourhoods(x_BIHW, k)
             grad_weight = product.unflatten(1, (k, k, channels)).permute(0, 3, 1, 2)
