@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unified.config import Config
+from unified.configuring import load_config
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.official import FLOW, GENERATION
@@ -31,6 +32,15 @@ from unified.prior import Prior
 
 #: how far parameters are from where they start (a standard deviation)
 NUDGE = 0.02
+
+
+def official_sizes() -> dict[str, Any]:
+    """Those of ``cola-2b.yaml``, without its tokenizer."""
+    config = load_config("cola-2b.yaml", [])
+    text = {k: v for k, v in config.modalities["text"].options.items() if k != "tokenizer"}
+    prior = config.prior.model_dump(exclude={"multi_stream_depth"})
+    return {"text": text, "prior": prior, "block": config.tasks["continuation"].options["block"]}
+
 
 #: size -> the text VAE, the prior, and the latents of a block
 SIZES: dict[str, dict[str, Any]] = {
@@ -44,17 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "block": 16,
     },
-    # the official sizes, of cola-2b.yaml
-    "2b": {
-        "text": {
-            "vocab_size": 100278, "dim": 1536, "ffn_dim": 6144, "num_heads": 12, "latent_dim": 16,
-            "encoder_num_blocks": 4, "decoder_num_blocks": 4,
-        },
-        "prior": {
-            "width": 2048, "heads": 16, "head_dim": 128, "rope_dim": 96, "single_stream_depth": 24,
-        },
-        "block": 16,
-    },
+    "2b": official_sizes(),
     "tiny": {
         "text": {
             "vocab_size": 64, "dim": 16, "ffn_dim": 32, "num_heads": 2, "latent_dim": 4,
