@@ -18,6 +18,7 @@ LAYERS = [
     {"errors", "units"},
     {"visibility", "registry", "config", "configuring", "randomness"},
     {"precision", "weights", "linear", "graphs"},
+    {"tiles"},
     {"modality", "critic"},
     {"sequence", "flow", "solvers", "sampler", "layers", "attention", "task", "plugins"},
     {"cache", "prior"},

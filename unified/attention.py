@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unified.linear import product_dtype
+from unified.tiles import Tile, cut, in_tiles, whole
 from unified.visibility import Coordinates, Visibility
 
 if TYPE_CHECKING:
@@ -36,25 +36,11 @@ if TYPE_CHECKING:
 BACKENDS = ("sdpa", "flex", "varlen")
 #: devices on which flex does not train, and varlen does not run
 WITHOUT = ("cpu", "mps")
-#: queries of a tile, and from how many queries on a row is cut into tiles
-TILE, TILED = 128, 256
-
-#: from how many queries on, and up to how many keys, a CPU's attention is written out: there the
-#: fused kernel takes 1.1 to 1.4 times as long to train in float32, 2.5 to 4.5 times in bfloat16
+#: from how many queries on a CPU's attention under a mask is cut into tiles
+TILED = 256
+#: from how many queries on, and up to how many keys, what is not cut is one tile; else the fused
+#: kernel runs
 QUERIES, KEYS = 64, 1024
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Some queries of one row: the keys that any of them sees, one run or an index [K], and who
-    sees which [q, K]; None if each sees them all."""
-
-    keys: slice | Tensor
-    mask: Tensor | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """The keys' part [1, H, K, D] of all [1, H, S, D]."""
-        return x[:, :, self.keys] if isinstance(self.keys, slice) else x.index_select(2, self.keys)
 
 
 @dataclass(frozen=True)
@@ -71,11 +57,11 @@ class Runs:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], the tiles of each row,
-    a block mask, or runs; nothing if every query sees every key."""
+    """What a backend needs to know of who sees whom: a mask [R, 1, Q, S], tiles, a block mask, or
+    runs; nothing if every query sees every key."""
 
     dense: Tensor | None = None
-    tiles: list[list[Tile]] | None = None
+    tiles: list[Tile] | None = None
     blocks: BlockMask | None = None
     runs: Runs | None = None
 
@@ -110,21 +96,13 @@ def see(
             return Seen()
         if mask_RQS.shape[1] < TILED or mask_RQS.device.type != "cpu":
             return Seen(dense=mask_RQS[:, None])
-        return Seen(tiles=[[_tile(m) for m in row.split(TILE)] for row in mask_RQS.unbind()])
+        return Seen(tiles=cut(mask_RQS))
     if backend == "varlen":
         return Seen(runs=_runs(visibility, query, key))
     (rows, queries), device = query.sample.shape, query.sample.device
     rule, keys = visibility.mask_mod(query, key), key.sample.shape[1]
     make = _block_masks(device.type)
     return Seen(blocks=make(rule, rows, None, queries, keys, device=str(device)))
-
-
-def _tile(mask_qS: Tensor) -> Tile:
-    keys = mask_qS.any(0).nonzero()[:, 0]
-    first, stop = (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 0)
-    run = slice(first, stop) if stop - first == len(keys) else keys
-    mask_qK = mask_qS[:, run]
-    return Tile(run, None if len(keys) and mask_qK.all() else mask_qK)
 
 
 def _runs(visibility: Visibility, query: Coordinates, key: Coordinates) -> Runs:
@@ -158,8 +136,7 @@ def attend(q_RQHD: Tensor, k_RSHD: Tensor, v_RSHD: Tensor, seen: Seen) -> Tensor
     if seen.blocks is not None:
         out = _flex(q.device.type)(q, k, v, block_mask=seen.blocks)
     elif seen.tiles is not None:
-        rows = zip(q.split(1), k.split(1), v.split(1), seen.tiles, strict=True)
-        out = torch.cat([_by_tile(*row) for row in rows])
+        out = in_tiles(q, k, v, seen.tiles)
     else:
         out = dot_product(q, k, v, seen.dense)
     return out.transpose(1, 2)
@@ -173,37 +150,11 @@ def dot_product(
     if q.device.type == "cpu" and q.shape[-2] >= QUERIES and k.shape[-2] <= KEYS:
         if is_causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        return written_out(q, k, v, mask)
+        return in_tiles(q, k, v, [whole(mask)])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if mask is None or q.device.type == "cpu":
         return out
     return out.masked_fill(~mask.any(-1, keepdim=True), 0)  # accelerators give anything
-
-
-def written_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The products of attention, in the precision of products; the softmax between them is taken in
-    at least float32."""
-    q, k, v = (x.to(product_dtype(x)) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        scores_HQS = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is None:
-            return scores_HQS.softmax(-1) @ v
-        # no infinities: where everything is hidden they would leave no number
-        least = torch.finfo(q.dtype).min / 2
-        hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, least)
-        out_HQD = (scores_HQS + hidden).softmax(-1) @ v
-        return out_HQD * mask.any(-1, keepdim=True)
-
-
-def _by_tile(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> Tensor:
-    """The attention of one row [1, H, Q, D], tile by tile."""
-    parts = [
-        dot_product(part, t.of(k), t.of(v), t.mask)
-        if t.mask is None or t.mask.numel()
-        else torch.zeros_like(part)
-        for part, t in zip(q.split(TILE, dim=2), tiles, strict=True)
-    ]
-    return torch.cat(parts, dim=2)
 
 
 def _by_run(q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:

@@ -10,7 +10,7 @@ What does not depend on weights stays real: masks, timesteps and positions are c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +28,7 @@ from unified import attention
 from unified.linear import COUNTED
 from unified.modality import Latent, Modality
 from unified.prior import Prior
+from unified.tiles import Tile
 
 DEVICE = "cpu"
 
@@ -66,8 +67,10 @@ class Attention:
 
     def __init__(self, keeps_mask: bool = False):
         self.keeps_mask, self.flops = keeps_mask, 0
-        places = ((F, "scaled_dot_product_attention"), (attention, "written_out"))
-        self._patches = [patch.object(*place, self._attend) for place in places]
+        self._patches = [
+            patch.object(F, "scaled_dot_product_attention", self._attend),
+            patch.object(attention, "in_tiles", self._in_tiles),
+        ]
 
     def __enter__(self) -> Attention:
         for each in self._patches:
@@ -89,6 +92,11 @@ class Attention:
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out: Tensor = fused(q, k, v, dropout_p, is_causal, attn_mask=kept)[0]
         return out
+
+    def _in_tiles(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Tensor:
+        """One row after the other, and one tile after the other in it, fill all queries."""
+        parts = [self._attend(t.asked(q), t.shown(k), t.shown(v), t.mask) for t in tiles]
+        return torch.cat(parts, 2).unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
 
 
 def _pairs(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> int:
