@@ -13,7 +13,7 @@ import toys
 from devices import DEVICES
 from torch.nn.attention.flex_attention import flex_attention
 
-from unified import attention
+from unified import attention, tiles
 from unified.attention import attend, check_trains, dot_product, see
 from unified.tasks import captioning, continuation, text_to_image
 from unified.visibility import (
@@ -232,21 +232,24 @@ def test_long_rows_are_cut_into_tiles_that_change_nothing(monkeypatch):
         torch.randn(*batch.shape, 2, 8, dtype=torch.float64, generator=rng, requires_grad=True)
         for _ in range(3)
     )
-    monkeypatch.setattr(attention, "TILE", 48)
+    monkeypatch.setattr(tiles, "TILE", 48)
     found = []
-    for tiled in (10**6, 100):
+    for tiled, kept in ((10**6, 0), (100, 0), (100, 50), (100, 1000)):
         monkeypatch.setattr(attention, "TILED", tiled)
+        monkeypatch.setattr(tiles, "KEPT", kept)
         seen = see(batch.visibility, batch.coordinates, backend="sdpa")
         assert (seen.tiles is None) == (tiled > 200)
         out = attend(q, k, v, seen)
         found.append([out, *torch.autograd.grad((out**3).sum(), (q, k, v))])
-    for one, two in zip(*found, strict=True):
-        torch.testing.assert_close(one, two)
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
     mask = batch.visibility.dense(batch.coordinates)
-    keys = k.transpose(1, 2)[:1]
-    cut = [zip(row, range(0, 200, 48), strict=False) for row in seen.tiles]
-    shown = sum(min(48, 200 - at) * t.of(keys).shape[2] for row in cut for t, at in row)
-    assert shown < 0.5 * mask.numel()
+    heads = [x.transpose(1, 2) for x in (q, k)]
+    sizes = [(t.asked(heads[0]).shape[2], t.shown(heads[1]).shape[2]) for t in seen.tiles]
+    assert sum(asked * shown for asked, shown in sizes) < 0.5 * mask.numel()
+    assert sum(asked for asked, _ in sizes) == mask.shape[:2].numel()
+    assert min(shown for _, shown in sizes) < 50 < max(shown for _, shown in sizes)
 
 
 def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
@@ -261,11 +264,11 @@ def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
     q, k, v = torch.randn(3, 1, 6, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
     full = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(attend(q, k, v, seen), full.transpose(1, 2))
-    monkeypatch.setattr(attention, "TILE", 2)
+    monkeypatch.setattr(tiles, "TILE", 2)
     monkeypatch.setattr(attention, "TILED", 4)
-    ((text, *image),) = see(some, at, backend="sdpa").tiles
-    assert (text.keys, text.mask) == (slice(0, 2), None)
-    assert [(t.keys, t.mask) for t in image] == [(slice(0, 6), None)] * 2
+    text, *image = see(some, at, backend="sdpa").tiles
+    assert (text.keys, text.mask) == ((slice(0, 2),), None)
+    assert [(t.keys, t.mask) for t in image] == [((slice(0, 6),), None)] * 2
     part = F.scaled_dot_product_attention(*(x[:, :2].transpose(1, 2) for x in (q, k, v)))
     tiled = attend(q, k, v, see(some, at, backend="sdpa"))
     torch.testing.assert_close(
@@ -299,7 +302,7 @@ def test_attention_that_is_written_out_is_the_fused_one(monkeypatch, dtype):
 
 def test_few_queries_and_many_keys_are_left_to_the_fused_kernel(monkeypatch):
     x = torch.randn(1, 1, 8, 4)
-    monkeypatch.setattr(attention, "written_out", lambda *_: "written out")
+    monkeypatch.setattr(attention, "in_tiles", lambda *_: "written out")
     for queries, keys, written in ((2, 8, True), (9, 8, False), (2, 7, False)):
         monkeypatch.setattr(attention, "QUERIES", queries)
         monkeypatch.setattr(attention, "KEYS", keys)

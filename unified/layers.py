@@ -104,3 +104,8 @@ def modulate(x_NW: Tensor, shift_scale_TW: Tensor, t_N: Tensor) -> Tensor:
     """``x (1 + scale) + shift``; [T, 2W] is computed per distinct timestep, looked up by `t_N`."""
     shift_TW, scale_TW = wide(shift_scale_TW).chunk(2, dim=-1)
     return torch.addcmul(look_up(shift_TW, t_N), x_NW, look_up(1 + scale_TW, t_N))
+
+
+def add_gated(x_NW: Tensor, y_NW: Tensor, gate_TW: Tensor, t_N: Tensor) -> Tensor:
+    """``x + gate y``; [T, W] is computed per distinct timestep, looked up by `t_N`."""
+    return torch.addcmul(x_NW, look_up(gate_TW, t_N), wide(y_NW))

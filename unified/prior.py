@@ -37,8 +37,8 @@ from unified.layers import (
     FeedForward,
     LayerNorm,
     TimestepEmbedding,
+    add_gated,
     layer_norm,
-    look_up,
     modulate,
     rotary_turns,
     rotate,
@@ -152,9 +152,9 @@ class Stream(nn.Module):
 
     def finish(self, x_NW: Tensor, out_NHD: Tensor, by: Modulation, t_N: Tensor) -> Tensor:
         """Add the gated attention branch, then the gated MLP branch."""
-        x_NW = x_NW + look_up(by.attention_out, t_N) * self.proj_out(out_NHD.flatten(-2))
+        x_NW = add_gated(x_NW, self.proj_out(out_NHD.flatten(-2)), by.attention_out, t_N)
         y_NW = modulate(layer_norm(x_NW, self.eps), by.mlp_in, t_N)
-        return x_NW + look_up(by.mlp_out, t_N) * self.mlp(y_NW)
+        return add_gated(x_NW, self.mlp(y_NW), by.mlp_out, t_N)
 
 
 class Block(nn.Module):

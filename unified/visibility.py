@@ -130,8 +130,18 @@ class Visibility:
     def dense(self, query: Coordinates, key: Coordinates | None = None) -> Tensor:
         """Boolean mask [R, Q, S]: True where a query position sees a key position."""
         key = key or query
-        q, k = query.map(lambda t: t[:, :, None]), key.map(lambda t: t[:, None, :])
-        return self._rule(q.sample, q.table, q.kind, q.block, k.sample, k.kind, k.block)
+        block_RQS, kind_RQS = (
+            t[:, None].expand(-1, query.kind.shape[1], -1) for t in (key.block, key.kind)
+        )
+
+        def end(bounds_TKK: Tensor) -> Tensor:
+            """The block at which what a query sees of a key's kind ends on one side."""
+            bounds_RQK = bounds_TKK[query.table, query.kind] + query.block[..., None]
+            return bounds_RQK.gather(2, kind_RQS)
+
+        inside = (end(self.lo_TKK) <= block_RQS) & (block_RQS <= end(self.hi_TKK))
+        mine = query.sample[..., None]
+        return (mine == key.sample[:, None]) & (mine >= 0) & inside
 
     def mask_mod(
         self, query: Coordinates, key: Coordinates | None = None
@@ -164,16 +174,6 @@ class Visibility:
             return reduce(or_, inside)
 
         return visible
-
-    def _rule(
-        self, sample_q: Tensor, table_q: Tensor, kind_q: Tensor, block_q: Tensor,
-        sample_k: Tensor, kind_k: Tensor, block_k: Tensor,
-    ) -> Tensor:  # fmt: skip
-        step = block_k - block_q
-        inside = (self.lo_TKK[table_q, kind_q, kind_k] <= step) & (
-            step <= self.hi_TKK[table_q, kind_q, kind_k]
-        )
-        return (sample_q == sample_k) & (sample_q >= 0) & inside
 
 
 def visible(sees: Sees, kinds: Sequence[str], blocks: Sequence[int]) -> list[list[bool]]:
