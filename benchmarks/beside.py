@@ -61,6 +61,9 @@ from unified.visibility import ALL, Visibility
 CHANNELS = {"text": 16, "image": 64}
 #: latents of a block of text
 BLOCK = 16
+#: PyTorch's attention, for both, but for cuDNN's: on a GPU it failed in the backward pass of
+#: diffusers' Flux transformer
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 #: what PyTorch's counter calls the products of attention; all others are those of layers
 ATTENTION = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -401,7 +404,8 @@ def measure(name: str, size: Size, precision: str, repeats: int) -> dict[str, An
     torch.manual_seed(0)
     pair = PAIRS[name](size)
     counted = [flops(contender, precision) for contender in pair]
-    taken = take_turns(pair, precision, repeats)
+    with sdpa_kernel(KERNELS):
+        taken = take_turns(pair, precision, repeats)
     ours, theirs = (
         {
             "name": contender.name,

@@ -3,7 +3,7 @@
     python benchmarks/generation.py                       # a table; --json for JSON
     python benchmarks/generation.py --dtype bf16 --batch 1 --threads 2
     python benchmarks/generation.py --compile             # the prior's blocks compiled
-    python benchmarks/generation.py --device cuda --dtype bf16 --graphs
+    python benchmarks/generation.py --device cuda --dtype bf16 --no-graphs
     python benchmarks/generation.py --check --new 32      # and compare tokens with the slow path
 
 What is timed is the path of every user: prompt ids are encoded and prefilled, each block is
@@ -123,7 +123,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=16, help="of the ODE, per block")
     made.add_argument("--guidance", type=float, default=7.0, help="1: no unconditional pass")
     machine.add_compile_option(made)
-    made.add_argument("--graphs", action="store_true", help="record a step and replay it")
+    machine.add_graphs_option(made)
     made.add_argument("--check", action="store_true", help="compare tokens with the slow path")
     return made
 

@@ -63,7 +63,7 @@ Timed = tuple[Callable[[], object], int, int]
 class Joint:
     """The model, and the examples it is run on."""
 
-    def __init__(self, size: str, device: str):
+    def __init__(self, size: str, device: str, graphs: bool):
         self.config = configuration(size)
         self.sources = Sources(self.config)
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ class Joint:
         self.pipeline = UnifiedPipeline.build(self.config, corpora)
         for module in self.pipeline.modules.values():
             reference.nudge(module)
-        self.device = device
+        self.device, self.graphs = device, graphs
 
     def flops(self, count: Callable[[], int]) -> int:
         """FLOPs as the CPU counts them; then the model is where it runs."""
@@ -96,7 +96,7 @@ class Joint:
         captions = [example["text"] for example in self._examples(batch)]
 
         def run() -> object:
-            return self.pipeline.text_to_image(captions, seed=0)
+            return self.pipeline.text_to_image(captions, seed=0, graphs=self.graphs)
 
         return run, batch, self.flops(partial(forward_flops, run))
 
@@ -105,7 +105,7 @@ class Joint:
         self.pipeline.modalities["text"].has_ended = lambda observation: False  # type: ignore[method-assign]
 
         def run() -> object:
-            return self.pipeline.caption(images, max_new_tokens=new, seed=0)
+            return self.pipeline.caption(images, max_new_tokens=new, seed=0, graphs=self.graphs)
 
         return run, batch, self.flops(partial(forward_flops, run))
 
@@ -176,12 +176,13 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--only", nargs="+", choices=ROWS, default=ROWS)
     made.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="of generation")
     made.add_argument("--new", type=int, default=32, help="tokens of a caption")
+    machine.add_graphs_option(made)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = machine.parse(options(), arguments)
-    rows = timed(Joint(args.size, args.device), args)
+    rows = timed(Joint(args.size, args.device, args.graphs), args)
     machine.show([measure(what, make, args) for (what, _), make in rows.items()], args)
 
 

@@ -156,6 +156,14 @@ def add_compile_option(to: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_graphs_option(to: argparse.ArgumentParser) -> None:
+    """Whether steps of generation are recorded and replayed, on a device that can."""
+    to.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True,
+        help="record a step of a block and replay it, on devices that can",
+    )  # fmt: skip
+
+
 def add_device_options(to: argparse.ArgumentParser) -> None:
     """Where, and at which precision."""
     to.add_argument("--device", choices=devices(), default="cpu")

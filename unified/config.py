@@ -273,7 +273,7 @@ class GenerationConfig(Part):
     #: integrated in float32 in any case
     precision: Literal["fp32", "bf16", "auto"] | None = None
     #: record a step of a block once, and replay it, on devices that can (CUDA graphs)
-    graphs: bool = False
+    graphs: bool = True
     #: rounding of the timestep that the network sees
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
     #: a block goes straight on to its end when that should miss it by less than this share of its

@@ -5,7 +5,7 @@ where the block is short, the device waits for Python. All steps of a block laun
 on the same memory, but for the noisy latents and the timestep. So the first step runs as it is
 (whatever is made once, is made there), the second is recorded, and from then on the recording runs.
 
-All recordings are made on one stream beside the main one.
+All recordings are made on one stream beside the main one, one at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Run = Callable[..., tuple[Tensor, ...]]
+
+#: held while something is recorded
+_recording = Lock()
 
 
 def replays(device: torch.device) -> bool:
@@ -73,7 +77,7 @@ class Recording:
         module, aside = _module(device), _aside(device)
         self.given = [x.clone() for x in given]
         graph = module.CUDAGraph()
-        with torch.accelerator.device_index(device.index), _no_collection():
+        with _recording, torch.accelerator.device_index(device.index), _no_collection():
             here = module.current_stream()
             aside.wait_stream(here)
             with module.stream(aside):

@@ -28,7 +28,7 @@ class Sampler:
     repaint_share: float = 1.0
     repaint_times: int = 1
     settle: float = 0.0
-    graphs: bool = False
+    graphs: bool = True
 
     @classmethod
     def of(cls, settings: GenerationConfig) -> Sampler:
