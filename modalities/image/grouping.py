@@ -6,6 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,3 +26,11 @@ def together(
     for indices in groups.values():
         results.update(zip(indices, forward([items[i] for i in indices]), strict=True))
     return [results[index] for index in range(len(items))]
+
+
+def stacked(items: Sequence[Tensor]) -> list[Tensor]:
+    """The items of each shape as one tensor [B, ...], in the order in which shapes first appear."""
+    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for item in items:
+        groups[item.shape].append(item)
+    return [torch.stack(group) for group in groups.values()]

@@ -26,7 +26,7 @@ from unified.evaluation.metrics import psnr, ssim
 from unified.layers import wide
 from unified.modalities.image import buckets, losses, pixels
 from unified.modalities.image.adversarial import Adversarial
-from unified.modalities.image.grouping import together
+from unified.modalities.image.grouping import stacked, together
 from unified.modalities.image.perceptual import Perceptual
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.modality import Latent, Modality, PluginConfig, Posterior
@@ -244,17 +244,19 @@ class ImageModality(Modality):
         self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
     ) -> dict[str, Tensor]:
         decoded = together(latents, lambda latent: latent.grid, self._decode)
-        originals = [
-            pixels.to_unit(observation.to(x_3HW.device), x_3HW.dtype)
-            for observation, x_3HW in zip(observations, decoded, strict=True)
+        pairs = [
+            (pixels.to_unit(bytes_B3HW.to(y_B3HW.device), y_B3HW.dtype), y_B3HW)
+            for bytes_B3HW, y_B3HW in zip(stacked(observations), stacked(decoded), strict=True)
         ]
-        pairs = list(zip(originals, decoded, strict=True))
         sums = {
             "reconstruction": torch.stack([losses.absolute_error(x, y) for x, y in pairs]).sum(),
             "gradient": torch.stack([losses.gradient_error(x, y) for x, y in pairs]).sum(),
         }
+        x_3HW, y_3HW = (
+            [image for batch in side for image in batch] for side in zip(*pairs, strict=True)
+        )
         for critic in critics:
-            sums |= critic(originals, decoded)
+            sums |= critic(x_3HW, y_3HW)
         return sums
 
     def weights(self) -> dict[str, float]:
