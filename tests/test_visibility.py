@@ -232,7 +232,7 @@ def test_long_rows_are_cut_into_tiles_that_change_nothing(monkeypatch):
         torch.randn(*batch.shape, 2, 8, dtype=torch.float64, generator=rng, requires_grad=True)
         for _ in range(3)
     )
-    monkeypatch.setattr(tiles, "TILE", 48)
+    monkeypatch.setattr(tiles, "TILE", 48 * 4)
     found = []
     for tiled, kept in ((10**6, 0), (100, 0), (100, 50), (100, 1000)):
         monkeypatch.setattr(attention, "TILED", tiled)
@@ -264,7 +264,7 @@ def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
     q, k, v = torch.randn(3, 1, 6, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
     full = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(attend(q, k, v, seen), full.transpose(1, 2))
-    monkeypatch.setattr(tiles, "TILE", 2)
+    monkeypatch.setattr(tiles, "TILE", 2 * 4)
     monkeypatch.setattr(attention, "TILED", 4)
     text, *image = see(some, at, backend="sdpa").tiles
     assert (text.keys, text.mask) == ((slice(0, 2),), None)

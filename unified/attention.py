@@ -85,8 +85,10 @@ def see(
     query: Coordinates,
     key: Coordinates | None = None,
     backend: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
 ) -> Seen:
-    """Compile the rule for these positions. ValueError for an unknown backend."""
+    """Compile the rule for these positions, for products of precision `dtype`. ValueError for an
+    unknown backend."""
     key = key or query
     if backend not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
@@ -96,7 +98,7 @@ def see(
             return Seen()
         if mask_RQS.shape[1] < TILED or mask_RQS.device.type != "cpu":
             return Seen(dense=mask_RQS[:, None])
-        return Seen(tiles=cut(mask_RQS))
+        return Seen(tiles=cut(mask_RQS, dtype))
     if backend == "varlen":
         return Seen(runs=_runs(visibility, query, key))
     (rows, queries), device = query.sample.shape, query.sample.device

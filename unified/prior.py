@@ -281,13 +281,16 @@ class Prior(nn.Module):
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
         rows, length = batch.shape
         turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
+        weight = self.timestep.proj_in.weight
         return Geometry(
             shape=batch.shape,
             where={
                 m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
             },
-            turns=wide(turns.to(self.timestep.proj_in.weight.dtype)),
-            seen=see(batch.visibility, batch.coordinates, keys, self.attention),
+            turns=wide(turns.to(weight.dtype)),
+            seen=see(
+                batch.visibility, batch.coordinates, keys, self.attention, product_dtype(weight)
+            ),
         )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from unified.linear import product_dtype
 
-#: queries of a tile
-TILE = 128
+#: bytes of one channel of a tile's queries: 128 queries in float32, 256 in bfloat16
+TILE = 512
 #: the most keys of a tile whose weights are kept
 KEPT = 1024
 
@@ -87,21 +87,22 @@ def whole(mask: Tensor | None) -> Tile:
     return Tile(slice(None), slice(None), (slice(None),), mask)
 
 
-def cut(mask_RQS: Tensor) -> list[Tile]:
-    """The tiles of rows of queries."""
+def cut(mask_RQS: Tensor, dtype: torch.dtype) -> list[Tile]:
+    """The tiles of rows of queries, for products of this precision."""
+    size = TILE // dtype.itemsize
     return [
-        _tile(row, at, mask_qS)
+        _tile(row, at * size, mask_qS)
         for row, mask_QS in enumerate(mask_RQS)
-        for at, mask_qS in enumerate(mask_QS.split(TILE))
+        for at, mask_qS in enumerate(mask_QS.split(size))
     ]
 
 
-def _tile(row: int, at: int, mask_qS: Tensor) -> Tile:
+def _tile(row: int, first: int, mask_qS: Tensor) -> Tile:
     index_K = mask_qS.any(0).nonzero()[:, 0]
     breaks = (index_K.diff() != 1).nonzero()[:, 0] + 1
     runs = [run.tolist() for run in index_K.tensor_split(breaks)]
     keys = tuple(slice(run[0], run[-1] + 1) if run else slice(0, 0) for run in runs)
-    mask_qK, first = mask_qS[:, index_K], at * TILE
+    mask_qK = mask_qS[:, index_K]
     return Tile(
         slice(row, row + 1),
         slice(first, first + len(mask_qS)),
