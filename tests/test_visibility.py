@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from unified import attention, tiles
 from unified.attention import attend, check_trains, dot_product, see
 from unified.tasks import captioning, continuation, text_to_image
+from unified.tiles import at_once
 from unified.visibility import (
     ALL,
     BEFORE,
@@ -277,21 +278,20 @@ def test_where_nothing_is_hidden_there_is_no_mask(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_attention_that_is_written_out_is_the_fused_one(monkeypatch, dtype):
+def test_attention_that_is_written_out_is_the_fused_one(dtype):
     """Values and gradients; nothing for a query that sees nothing."""
     g = torch.Generator().manual_seed(0)
     q, k, v, weight = torch.randn(4, 2, 2, 9, 8, generator=g, dtype=torch.float64).unbind()
     mask = torch.rand(2, 1, 9, 9, generator=g) < 0.6
     mask[:, :, 4] = False
-    monkeypatch.setattr(attention, "QUERIES", 1)
     tolerance = (
         {"atol": 1e-12, "rtol": 0} if dtype == torch.float64 else {"atol": 0.06, "rtol": 0.06}
     )
-    for shown, causal in ((mask, False), (None, False), (None, True)):
+    for shown in (mask, None):
         exact = [x.clone().requires_grad_() for x in (q, k, v)]
-        wanted = F.scaled_dot_product_attention(*exact, attn_mask=shown, is_causal=causal)
+        wanted = F.scaled_dot_product_attention(*exact, attn_mask=shown)
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        found = dot_product(*inputs, shown, is_causal=causal)
+        found = at_once(*inputs, shown)
         torch.testing.assert_close(found.double(), wanted, **tolerance)
         assert shown is None or not found[:, :, 4].any()
         gradients = torch.autograd.grad((found * weight).sum(), inputs)
@@ -300,13 +300,32 @@ def test_attention_that_is_written_out_is_the_fused_one(monkeypatch, dtype):
             torch.testing.assert_close(one.double(), other, **tolerance)
 
 
-def test_few_queries_and_many_keys_are_left_to_the_fused_kernel(monkeypatch):
+def test_few_queries_many_keys_and_float32_are_left_to_the_fused_kernel(monkeypatch):
     x = torch.randn(1, 1, 8, 4)
-    monkeypatch.setattr(attention, "in_tiles", lambda *_: "written out")
-    for queries, keys, written in ((2, 8, True), (9, 8, False), (2, 7, False)):
+    causal = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    written = []
+
+    def write_out(*given):
+        written.append(given)
+        return at_once(*given)
+
+    monkeypatch.setattr(attention, "at_once", write_out)
+    bf16, wide = torch.bfloat16, torch.float32
+    for dtype, queries, keys, count in (
+        (bf16, 2, 8, 1),
+        (bf16, 9, 8, 1),
+        (bf16, 2, 7, 1),
+        (wide, 2, 8, 1),
+    ):
         monkeypatch.setattr(attention, "QUERIES", queries)
         monkeypatch.setattr(attention, "KEYS", keys)
-        assert (dot_product(x, x, x, None) == "written out") is written
+        given = x.to(dtype)
+        found = dot_product(given, given, given, None, is_causal=True)
+        torch.testing.assert_close(found.float(), causal, atol=0.03, rtol=0.03)
+        assert len(written) == count
+    with torch.autocast("cpu", bf16):
+        assert dot_product(x, x, x, None).dtype == bf16
+    assert len(written) == 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unified.tiles import Tile, cut, in_tiles, whole
+from unified.linear import product_dtype
+from unified.tiles import Tile, at_once, cut, in_tiles
 from unified.visibility import Coordinates, Visibility
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ BACKENDS = ("sdpa", "flex", "varlen")
 #: devices on which flex does not train, and varlen does not run
 WITHOUT = ("cpu", "mps")
 #: from how many queries on a CPU's attention under a mask is cut into tiles
-TILED = 256
-#: from how many queries on, and up to how many keys, what is not cut is one tile; else the fused
-#: kernel runs
+TILED = 512
+#: from how many queries on, and up to how many keys, what is not cut is written out in bfloat16 too
 QUERIES, KEYS = 64, 1024
 
 
@@ -149,10 +149,11 @@ def dot_product(
 ) -> Tensor:
     """Attention of heads [..., H, Q, D] under a boolean mask, or a causal one; on every device as
     it is fastest there. A query that sees nothing gets 0."""
-    if q.device.type == "cpu" and q.shape[-2] >= QUERIES and k.shape[-2] <= KEYS:
+    few = q.shape[-2] < QUERIES or k.shape[-2] > KEYS
+    if q.device.type == "cpu" and product_dtype(q) == torch.bfloat16 and not few:
         if is_causal:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-        return in_tiles(q, k, v, [whole(mask)])
+        return at_once(q, k, v, mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if mask is None or q.device.type == "cpu":
         return out

@@ -69,6 +69,7 @@ class Attention:
         self.keeps_mask, self.flops = keeps_mask, 0
         self._patches = [
             patch.object(F, "scaled_dot_product_attention", self._attend),
+            patch.object(attention, "at_once", self._attend),
             patch.object(attention, "in_tiles", self._in_tiles),
         ]
 
@@ -96,7 +97,7 @@ class Attention:
     def _in_tiles(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """One row after the other, and one tile after the other in it, fill all queries."""
         parts = [self._attend(t.asked(q), t.shown(k), t.shown(v), t.mask) for t in tiles]
-        return torch.cat(parts, 2).unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
+        return torch.cat(parts, 2).unflatten(2, q.shape[::2][:2]).squeeze(0).transpose(0, 1)
 
 
 def _pairs(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> int:
