@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import devices
 import tiny
 import yaml
 
@@ -51,6 +52,7 @@ def config(folder: Path, *overrides: str) -> Config:
 
 def launch(folder: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Train as `processes` processes; what they printed is in the result."""
+    devices.need(processes)
     config(folder, *overrides)  # writes the files that all processes read
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import devices
 import numpy as np
 import pytest
 import tiny
@@ -402,6 +403,7 @@ def test_accumulation_changes_nothing(
 def test_two_processes_change_nothing(
     tmp_path: Path, shard: str, weights: Path, finished: Path
 ) -> None:
+    devices.need(2)
     save_config(judged_run(tmp_path / "run", shard, weights), tmp_path / "run.yaml")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "unified.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
