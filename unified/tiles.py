@@ -29,7 +29,6 @@ TILE = 512
 #: the most keys of a tile whose weights are kept
 KEPT = 1024
 
-
 ALL = slice(None)
 
 

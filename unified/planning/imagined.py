@@ -96,8 +96,8 @@ class Attention:
 
     def _in_tiles(self, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile]) -> Tensor:
         """One row after the other, and one tile after the other in it, fill all queries."""
-        parts = [self._attend(t.asked(q), t.shown(k), t.shown(v), t.mask) for t in tiles]
-        return torch.cat(parts, 2).unflatten(2, q.shape[::2][:2]).squeeze(0).transpose(0, 1)
+        parts = [self._attend(t.asked(q), t.shown(k), t.shown(v), t.mask)[0] for t in tiles]
+        return torch.cat(parts, 1).unflatten(1, (len(q), -1)).transpose(0, 1)
 
 
 def _pairs(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool) -> int:
