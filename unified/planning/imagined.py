@@ -67,7 +67,7 @@ class Attention:
 
     def __init__(self, keeps_mask: bool = False):
         self.keeps_mask, self.flops = keeps_mask, 0
-        self._patches = [
+        self._patches: list[Any] = [
             patch.object(F, "scaled_dot_product_attention", self._attend),
             patch.object(attention, "at_once", self._attend),
             patch.object(attention, "in_tiles", self._in_tiles),
