@@ -3,10 +3,10 @@
 `see` turns a visibility rule and two sets of coordinates into what a backend needs, once per
 forward pass; every layer then shares it. Three backends give equal results:
 
-* ``sdpa``: PyTorch's scaled-dot-product attention under a dense boolean mask (on a CPU, up to some
-  length, the products that it is made of). Runs and trains on every device; its cost is dense in
-  the row length, so a CPU cuts long rows into tiles of queries, each of which is shown just the
-  keys that one of them sees.
+* ``sdpa``: PyTorch's scaled-dot-product attention under a dense boolean mask. Runs and trains on
+  every device; its cost is dense in the row length, so a CPU cuts long rows into tiles
+  (`unified.tiles`), each of which is shown just the keys that its queries see, and writes their
+  products out.
 * ``flex``: FlexAttention with a block mask, which skips invisible blocks. On the CPU it has no
   backward pass, so there it is for inference only.
 * ``varlen``: FlashAttention over runs of queries that see the same keys, which are gathered for

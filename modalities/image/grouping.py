@@ -19,18 +19,21 @@ def together(
     forward: Callable[[Sequence[Item]], Sequence[Result]],
 ) -> list[Result]:
     """`forward` over the items of each key at once; the results in the order of `items`."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index, item in enumerate(items):
-        groups[key(item)].append(index)
     results: dict[int, Result] = {}
-    for indices in groups.values():
+    for indices in _alike(items, key):
         results.update(zip(indices, forward([items[i] for i in indices]), strict=True))
     return [results[index] for index in range(len(items))]
 
 
 def stacked(items: Sequence[Tensor]) -> list[Tensor]:
     """The items of each shape as one tensor [B, ...], in the order in which shapes first appear."""
-    groups: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for item in items:
-        groups[item.shape].append(item)
-    return [torch.stack(group) for group in groups.values()]
+    groups = _alike(items, lambda item: item.shape)
+    return [torch.stack([items[i] for i in indices]) for indices in groups]
+
+
+def _alike(items: Sequence[Item], key: Callable[[Item], Hashable]) -> list[list[int]]:
+    """The places of the items of each key, in the order in which keys first appear."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        groups[key(item)].append(index)
+    return list(groups.values())
