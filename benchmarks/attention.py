@@ -7,7 +7,7 @@
 A row is one sample of continuation, clean and noisy, in the shape of the reference model's heads;
 each length has as many rows as make `--positions` positions.
 
-* ``sdpa``: one call over [clean | noisy] under the dense mask of `unified.attention.see`
+* ``sdpa``: one call over [clean | noisy] under the dense mask of `unified.model.attention.see`
 * ``flex``: FlexAttention, compiled; on the CPU it has no backward pass
 * ``varlen``: FlashAttention over runs that see the same keys; not on the CPU
 * ``halves``: two SDPA calls, clean on clean and noisy on both: a quarter of the pairs less
@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unified.attention import WITHOUT, attend, see
-from unified.config import PriorConfig
+from unified.config.plugins import build_tasks
+from unified.config.schema import PriorConfig
+from unified.model.attention import WITHOUT, attend, see
 from unified.planning.flops import TRAINING, visible_pairs
-from unified.plugins import build_tasks
-from unified.sequence import PackedBatch, Sample, pack
-from unified.visibility import Visibility
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import Visibility
 
 #: queries, keys and values [R, L, H, D] to what attention gives of them
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -42,20 +42,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unified.config import FlowConfig, PriorConfig, StageConfig
+from unified.config.schema import FlowConfig, PriorConfig, StageConfig
 from unified.data.streams import Prepared
+from unified.latents.modality import Modality, Posterior
 from unified.modalities.image.modality import ImageConfig, ImageModality
 from unified.modalities.image.pixels import to_unit
 from unified.modalities.text.modality import TextConfig, TextModality
-from unified.modality import Modality, Posterior
-from unified.prior import Prior
+from unified.model.prior import Prior
 from unified.randomness import generator
-from unified.sequence import Layout, PackedBatch, Sample, Segment, pack
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import ALL, Visibility
 from unified.tasks.continuation import Continuation, ContinuationConfig
 from unified.tasks.text_to_image import TextToImage, TextToImageConfig
-from unified.training.objectives import JointObjective
+from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
-from unified.visibility import ALL, Visibility
 
 #: channels of a latent
 CHANNELS = {"text": 16, "image": 64}

@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.data.mixture import Feed, Mixture
 from unified.data.remote import local_path
 from unified.data.source import Source
 from unified.data.streams import TaskStream
-from unified.modality import Modality
+from unified.latents.modality import Modality
 from unified.pipeline import UnifiedPipeline
 
 EMBEDDED = "embedded:emoji/train-{00000..00003}.tar"

@@ -27,8 +27,8 @@ import plain
 import reference
 from torch import Tensor
 
-from unified.config import GenerationConfig
-from unified.inference import Inference, Wish
+from unified.config.schema import GenerationConfig
+from unified.generation.items import Inference, Wish
 from unified.pipeline import UnifiedPipeline
 
 

@@ -33,14 +33,14 @@ import reference
 import torch
 from train_step import Step
 
-from unified.config import Config
-from unified.configuring import load_config
+from unified.config.loading import load_config
+from unified.config.schema import Config
 from unified.data.examples import Example
-from unified.modality import posteriors_of
+from unified.latents.modality import posteriors_of
 from unified.pipeline import UnifiedPipeline
 from unified.planning.flops import TRAINING
 from unified.planning.imagined import forward_flops
-from unified.training.objectives import JointObjective
+from unified.training.objectives.joint import JointObjective
 from unified.training.stages import Materials, Sources
 
 #: size -> what it changes of the configuration

@@ -25,18 +25,18 @@ from typing import Any
 import torch
 from machine import forget_peak, resident
 
-from unified import attention
-from unified.config import Config, EMAConfig
+from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.schema import Config, EMAConfig
 from unified.data.streams import Prepared
+from unified.model import attention
+from unified.model.prior import Prior
 from unified.planning.draft import Draft
 from unified.planning.gpus import GPU
 from unified.planning.imagined import recompute
 from unified.planning.memory import imagined_step, per_device
 from unified.planning.plan import Request
-from unified.plugins import build_tasks, modality_plugins
-from unified.prior import Prior
 from unified.training.ema import EMA
-from unified.training.objectives import JointObjective
+from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
 
 #: name -> (width, multi-stream blocks, single-stream blocks, examples of a microbatch)

@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.data.shards import read_shards
-from unified.evaluation.metrics import bootstrap
+from unified.evaluation.statistics import bootstrap
+from unified.latents.weights import assign, named_tensors
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
 from unified.training.run import train
-from unified.weights import assign, named_tensors
 
 PROSE = "embedded:prose/{}-00000.tar"
 VARIANTS: dict[str, dict[str, Any]] = {

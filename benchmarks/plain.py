@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified.config import GenerationConfig
-from unified.flow import round_timesteps
+from unified.config.schema import GenerationConfig
+from unified.flow.solvers import schedule
+from unified.flow.timesteps import round_timesteps
+from unified.latents.modality import Latent
 from unified.modalities.text.decoding import penalise
-from unified.modality import Latent
 from unified.pipeline import UnifiedPipeline
-from unified.sequence import Sample, pack
-from unified.solvers import schedule
-from unified.visibility import UNCONDITIONAL, Visibility
+from unified.sequence.packing import Sample, pack
+from unified.sequence.visibility import UNCONDITIONAL, Visibility
 
 
 @torch.no_grad()

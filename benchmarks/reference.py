@@ -20,15 +20,15 @@ import machine
 import torch
 from torch import Tensor, nn
 
-from unified.config import Config
-from unified.configuring import load_config
+from unified.cola.official import FLOW, GENERATION
+from unified.config.loading import load_config
+from unified.config.plugins import build_tasks
+from unified.config.schema import Config
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.vae_config import TextVAEConfig
-from unified.official import FLOW, GENERATION
+from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
 from unified.planning.flops import prior_flops
-from unified.plugins import build_tasks
-from unified.prior import Prior
 
 #: how far parameters are from where they start (a standard deviation)
 NUDGE = 0.02

@@ -29,7 +29,7 @@ import reference
 import torch
 import train_step
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.pipeline import UnifiedPipeline
 
 #: model size -> what is made larger -> its values, and for training the positions of a batch

@@ -30,8 +30,8 @@ import machine
 import torch
 from torch import Tensor
 
-from unified.config import Config, GenerationConfig
-from unified.configuring import load_config, parse_settings
+from unified.config.loading import load_config, parse_settings
+from unified.config.schema import Config, GenerationConfig
 from unified.demos.emoji import IMAGE, TEXT, Emoji, common, named, read_emoji, says_style
 from unified.demos.emoji_evaluation import (
     CANDIDATES,
@@ -41,10 +41,10 @@ from unified.demos.emoji_evaluation import (
     PROMPT_WORDS,
 )
 from unified.errors import validated
-from unified.evaluation.metrics import bootstrap, normalised_edit_distance
 from unified.evaluation.nearest import latent_vectors, nearest_centroids, retrieved
-from unified.generate import Generator
-from unified.inference import Inference, Wish
+from unified.evaluation.statistics import bootstrap, normalised_edit_distance
+from unified.generation.blocks import Generator
+from unified.generation.items import Inference, Wish
 from unified.pipeline import UnifiedPipeline
 from unified.training.stages import Sources
 

@@ -27,14 +27,14 @@ import reference
 import torch
 from torch import Tensor
 
-from unified.attention import BACKENDS
-from unified.config import StageConfig
+from unified.config.schema import StageConfig
 from unified.data.streams import Prepared
 from unified.modalities.text.modality import TextConfig
+from unified.model.attention import BACKENDS
 from unified.pipeline import UnifiedPipeline
 from unified.planning.flops import TRAINING, batch_flops
-from unified.sequence import PackedBatch
-from unified.training.objectives import JointObjective
+from unified.sequence.packing import PackedBatch
+from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
 
 

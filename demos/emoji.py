@@ -14,8 +14,8 @@ from PIL import Image
 
 from unified.data.examples import Example
 from unified.data.source import Source
+from unified.latents.modality import Modality
 from unified.modalities.text.tokenizer import Tokenizer
-from unified.modality import Modality
 
 TEXT, IMAGE = "text", "image"
 STYLES = ("3D", "flat")

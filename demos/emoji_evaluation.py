@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.data.fixed import fixed_examples
 from unified.data.source import Source
 from unified.data.streams import Prepared, TaskStream
@@ -34,14 +34,14 @@ from unified.demos.emoji import (
 )
 from unified.demos.linear import ImagePCA, mean_psnr, thumbnail
 from unified.evaluation.flow_loss import TargetLoss, encode, target_loss
-from unified.evaluation.metrics import normalised_edit_distance
 from unified.evaluation.nearest import latent_vectors, nearest_centroids, retrieved
 from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.reconstruction import reconstruct
+from unified.evaluation.statistics import normalised_edit_distance
+from unified.latents.modality import Latent
 from unified.modalities.text.modality import TextModality
-from unified.modality import Latent
+from unified.model.precision import arithmetic
 from unified.pipeline import UnifiedPipeline
-from unified.precision import arithmetic
 from unified.training.stages import Sources
 
 PAINTING, CAPTIONING, CONTINUATION = "text_to_image", "captioning", "continuation"

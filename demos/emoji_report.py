@@ -12,7 +12,7 @@ from unified.demos.emoji_evaluation import Evaluation, Gallery
 from unified.demos.report import Card, Report, Row, Section, charts
 from unified.demos.report_html import html
 from unified.demos.report_png import png
-from unified.weights import write_text
+from unified.latents.weights import write_text
 
 Scores = Mapping[str, Any]
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unified.evaluation.metrics import psnr
 from unified.evaluation.pca import PCA
+from unified.latents.measures import psnr
 
 
 def mean_psnr(originals: Sequence[Image.Image], copies: Sequence[Image.Image]) -> float:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def quickstart(name: str, overrides: Sequence[str]) -> None:
     """Train, evaluate, write the report and print its table."""
-    from unified.configuring import load_config
+    from unified.config.loading import load_config
     from unified.demos.emoji_evaluation import evaluate_emoji
     from unified.demos.emoji_report import write_report
     from unified.pipeline import UnifiedPipeline

@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from unified.sequence import Layout, Segment
-from unified.task import Task, TaskConfig
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.task import Task, TaskConfig
+from unified.sequence.visibility import ALL, BEFORE, SAME, UP_TO
 from unified.tasks.example import take
-from unified.visibility import ALL, BEFORE, SAME, UP_TO
 
 
 class CaptioningConfig(TaskConfig):

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from unified.latents.weights import load_weights
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.pipeline import UnifiedPipeline
-from unified.weights import load_weights
 
 FOLDER = Path(
     os.environ.get("COLA_GOLDEN", Path(__file__).parents[2] / "shared" / "golden" / "cola_dlm")
@@ -64,7 +64,7 @@ def vae(part: str = "cola_vae", **changes: Any) -> TextVAE:
 @cache
 def main_pipeline() -> UnifiedPipeline:
     """The main models, through the importer."""
-    from unified.official import from_official
+    from unified.cola.official import from_official
 
     return from_official(FOLDER)
 

@@ -17,8 +17,8 @@ import devices
 import tiny
 import yaml
 
-from unified.config import Config
-from unified.configuring import load_config
+from unified.config.loading import load_config
+from unified.config.schema import Config
 from unified.errors import StoppedError
 
 LEARNING = {"lr": 1e-2, "warmup_steps": 2, "vae_lr_ratio": 0.5}

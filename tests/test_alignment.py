@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint as checkpoint_files
-from unified.training.alignment import on_grid
-from unified.training.objectives import JointObjective
+from unified.training.objectives.alignment import on_grid
+from unified.training.objectives.joint import JointObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
 from unified.training.work import averages, total

@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from unified import cli
-from unified.evaluation.answering import answer_file
-from unified.evaluation.answers import score_file
-from unified.evaluation.prompts import TEMPLATES, prompt, query
-from unified.evaluation.scoring import KINDS, cut, normalise, official, paper, similarity
+from unified.evaluation.benchmarks.answering import answer_file
+from unified.evaluation.benchmarks.answers import score_file
+from unified.evaluation.benchmarks.prompts import TEMPLATES, prompt, query
+from unified.evaluation.benchmarks.scoring import KINDS, cut, normalise, official, paper, similarity
 
 SHARED = Path(__file__).parents[2] / "shared" / "eval"
 #: what the official release publishes, and the paper's own rule on the same answers

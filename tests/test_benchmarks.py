@@ -11,11 +11,11 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from unified.configuring import save_config
+from unified.config.loading import save_config
 from unified.demos.emoji import STYLES
-from unified.linear import COUNTED
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
+from unified.model.kernels.linear import COUNTED
 
 reference, generation = scripts.load("reference"), scripts.load("generation")
 machine, scaling = scripts.load("machine"), scripts.load("scaling")

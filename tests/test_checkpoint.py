@@ -17,17 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy_stage import lines, on_the_cpu, stage_config, toy, training_config
 
-from unified.config import IntervalConfig
+from unified.config.schema import IntervalConfig
 from unified.errors import StoppedError
-from unified.training import checkpoint
-from unified.training.loop import Stage, train_stage
-from unified.weights import (
+from unified.latents.weights import (
     load_weights,
     named_tensors,
     save_tensors,
     save_weights,
     written_whole,
 )
+from unified.training import checkpoint
+from unified.training.loop import Stage, train_stage
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from unified import cli
-from unified.precision import current_device
+from unified.model.precision import current_device
 
 CONFIG = """
 modalities:
@@ -133,9 +133,9 @@ def test_show_model_counts_the_official_models(capsys):
 
 
 def test_show_model_counts_what_the_model_has(config, capsys):
-    from unified.configuring import load_config
-    from unified.plugins import modality_plugins
-    from unified.prior import Prior
+    from unified.config.loading import load_config
+    from unified.config.plugins import modality_plugins
+    from unified.model.prior import Prior
 
     read = load_config(config)
     cls, options = modality_plugins(read)["text"]

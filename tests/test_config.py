@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from unified import configuring
-from unified.configuring import dump_config, load_config, save_config
-from unified.plugins import build_tasks, validate_plugins
+from unified.config import loading as configuring
+from unified.config.loading import dump_config, load_config, save_config
+from unified.config.plugins import build_tasks, validate_plugins
 
 BASE = """
 modalities:
@@ -222,7 +222,7 @@ def test_parts_that_do_not_fit_are_named(base, overrides, says):
 
 def test_reading_a_configuration_needs_no_torch(base):
     code = (
-        "import sys; from unified.configuring import *; import unified, unified.plugins;"
+        "import sys; from unified.config.loading import *; import unified, unified.config.plugins;"
         f"dump_config(load_config({str(base)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

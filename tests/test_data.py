@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from unified.config import SourceConfig
+from unified.config.schema import SourceConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
 from unified.data.mixture import Feed, Mixture
@@ -31,9 +31,9 @@ from unified.data.shards import read_shards
 from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.randomness import generator
-from unified.sequence import Layout, Segment
-from unified.task import Task
-from unified.visibility import BEFORE, SAME, UP_TO
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.task import Task
+from unified.sequence.visibility import BEFORE, SAME, UP_TO
 
 
 class Letters:

@@ -18,13 +18,14 @@ import yaml
 from PIL import Image
 
 from unified import cli
-from unified.configuring import load_config
-from unified.data import members, report
-from unified.data.checking import check_config, check_shards, scan
+from unified.config.loading import load_config
+from unified.data import members
 from unified.data.examples import Example
-from unified.data.inputs import open_input
-from unified.data.packing import pack, write_shard
 from unified.data.shards import read_shards
+from unified.data.tools import check_text as report
+from unified.data.tools.check import check_config, check_shards, scan
+from unified.data.tools.inputs import open_input
+from unified.data.tools.pack import pack, write_shard
 
 SCRIPTS = {
     "arabic": "قطة حمراء على سجادة",

@@ -10,11 +10,11 @@ import torch
 import toys
 from devices import DEVICES
 
-from unified.attention import WITHOUT
-from unified.generate import Generator, Request
-from unified.modality import Latent
-from unified.prior import Prior
-from unified.sampler import Sampler
+from unified.generation.blocks import Generator, Request
+from unified.generation.sampler import Sampler
+from unified.latents.modality import Latent
+from unified.model.attention import WITHOUT
+from unified.model.prior import Prior
 
 pytestmark = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.type)
 

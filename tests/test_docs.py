@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from unified.configuring import load_config
-from unified.show import parse_lengths, show_task, task_layout
+from unified.config.loading import load_config
+from unified.planning.describe import parse_lengths, show_task, task_layout
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

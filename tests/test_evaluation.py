@@ -10,18 +10,19 @@ import torch
 import toys
 from torch import nn
 
-from unified.config import FlowConfig
+from unified.config.schema import FlowConfig
 from unified.demos.emoji import name_tokens, named, says_style
 from unified.evaluation import flow_loss
 from unified.evaluation.flow_loss import target_layout, target_loss
-from unified.evaluation.metrics import bootstrap, edit_distance, normalised_edit_distance, psnr
 from unified.evaluation.nearest import nearest_centroids, retrieved
 from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.pca import PCA
 from unified.evaluation.reconstruction import reconstruct
+from unified.evaluation.statistics import bootstrap, edit_distance, normalised_edit_distance
+from unified.latents.measures import psnr
+from unified.latents.modality import Latent
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.tokenizer import Tokenizer
-from unified.modality import Latent
 from unified.randomness import generator
 from unified.tasks.captioning import Captioning, CaptioningConfig
 from unified.tasks.continuation import Continuation, ContinuationConfig

@@ -8,11 +8,13 @@ import pytest
 import torch
 import toys
 
-from unified.config import TimestepConfig
-from unified.flow import FlowMatching, draw_timesteps, path, velocity
-from unified.flow import round_timesteps as rounded
+from unified.config.schema import TimestepConfig
+from unified.flow.matching import FlowMatching
+from unified.flow.path import path, velocity
+from unified.flow.solvers import integrate
+from unified.flow.timesteps import draw_timesteps
+from unified.flow.timesteps import round_timesteps as rounded
 from unified.randomness import generator
-from unified.solvers import integrate
 
 
 def drawn(rate: float = 0.0, count: int = 12, **options: object):

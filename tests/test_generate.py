@@ -12,15 +12,16 @@ import torch
 import toys
 from torch._dynamo.testing import CompileCounter
 
-from unified.cache import KVCache
-from unified.generate import Generator, Request
-from unified.graphs import Recording
-from unified.modality import Latent
+from unified.flow.solvers import integrate
+from unified.generation.blocks import Generator, Request
+from unified.generation.sampler import Sampler
+from unified.latents.modality import Latent
+from unified.model.cache import KVCache
+from unified.model.kernels.graphs import Recording
 from unified.randomness import generator
-from unified.sampler import Sampler
-from unified.sequence import Layout, Sample, Segment, pack
-from unified.solvers import integrate
-from unified.visibility import UP_TO, Coordinates, Visibility
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.packing import Sample, pack
+from unified.sequence.visibility import UP_TO, Coordinates, Visibility
 
 BLOCK = 2
 

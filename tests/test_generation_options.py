@@ -12,16 +12,16 @@ import torch
 import toys
 from torch import Tensor
 
-from unified.generate import Generator, Request
-from unified.guidance import Settling
-from unified.inference import Inference, Wish
-from unified.linear import product_dtype
+from unified.flow.solvers import integrate, renoise, repaint, schedule
+from unified.generation.blocks import Generator, Request
+from unified.generation.guidance import Settling
+from unified.generation.items import Inference, Wish
+from unified.generation.sampler import Sampler
+from unified.latents.modality import Choice, Latent
 from unified.modalities.text.decoding import choose, probabilities
-from unified.modality import Choice, Latent
+from unified.model.kernels.linear import product_dtype
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
-from unified.sampler import Sampler
-from unified.solvers import integrate, renoise, repaint, schedule
 
 BLOCK = 4
 PROMPT = Latent(torch.randn(6, 3, generator=generator(0), dtype=torch.float64), (6,))

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from unified.latents.modality import Latent
 from unified.modalities.image import losses, pixels
 from unified.modalities.image.modality import ImageModality
-from unified.modality import Latent
 
 SIZES = [(64, 64), (32, 48), (64, 64), (96, 16), (32, 48)]
 NETWORK = {

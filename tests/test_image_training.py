@@ -20,21 +20,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model
 
-from unified.config import Config, StageConfig
-from unified.configuring import load_config, save_config, shipped
-from unified.critic import Critic
+from unified.config.loading import load_config, save_config, shipped
+from unified.config.plugins import modality_plugins, validate_plugins
+from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
-from unified.evaluation.metrics import psnr, ssim
+from unified.latents.critic import Critic
+from unified.latents.measures import psnr, ssim
+from unified.latents.weights import named_tensors, read_file
 from unified.modalities.image import pixels
 from unified.modalities.image.adversarial import Adversarial, AdversarialConfig
 from unified.modalities.image.modality import ImageModality
 from unified.modalities.image.perceptual import Perceptual, PerceptualConfig
-from unified.plugins import modality_plugins, validate_plugins
 from unified.training import checkpoint, loop
-from unified.training.objectives import AutoencoderObjective
+from unified.training.objectives.autoencoder import AutoencoderObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
-from unified.weights import named_tensors, read_file
 
 ADVERSARIAL = {"width": 8, "layers": 2, "weight": 0.5}
 BACKBONE = "squeezenet1_1"

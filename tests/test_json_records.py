@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from unified import cli
+from unified.config.registry import resolve
 from unified.data.examples import Example
 from unified.data.shards import read_shards
 from unified.pipeline import UnifiedPipeline
-from unified.registry import resolve
 from unified.training.run import train
 
 VQA: dict[str, Any] = {

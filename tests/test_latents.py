@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from unified import cli
-from unified.evaluation.latents import log_snr, noise_robustness
-from unified.evaluation.metrics import psnr
+from unified.cola.official import official_configs
 from unified.evaluation.reconstruction import posteriors
+from unified.evaluation.robustness import log_snr, noise_robustness
 from unified.evaluation.token_table import Judge, as_table, token_table
+from unified.latents.measures import psnr
+from unified.latents.modality import Posterior
 from unified.modalities.text.modality import TextConfig, TextModality
-from unified.modality import Posterior
-from unified.official import official_configs
 from unified.pipeline import UnifiedPipeline
 
 TEXT = "a big green square and a small red square beside it"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from unified import linear
-from unified.linear import ACTIVATIONS, Linear, generating
+from unified.model.kernels import linear
+from unified.model.kernels.linear import ACTIVATIONS, Linear, generating
 
 packs = pytest.mark.skipif(
     not linear._packs(torch.float32, "cpu"), reason="this PyTorch has no oneDNN"

@@ -26,17 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from unified.config import FlowConfig, LossConfig, StageConfig
+from unified.config.schema import FlowConfig, LossConfig, StageConfig
 from unified.data.streams import Prepared
-from unified.flow import FlowMatching
-from unified.modality import Posterior
+from unified.flow.matching import FlowMatching
+from unified.latents.modality import Posterior
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
-from unified.training.objectives import AutoencoderObjective, JointObjective, JointPlan
+from unified.sequence.visibility import UNCONDITIONAL
+from unified.training.objectives.autoencoder import AutoencoderObjective
+from unified.training.objectives.joint import JointObjective, JointPlan
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
 from unified.training.work import averages, total
-from unified.visibility import UNCONDITIONAL
 
 VAES = ("text", "image")
 LEARNING = {"vae_lr_ratio": 0.5}
@@ -428,7 +429,7 @@ def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.Mon
                                            for k, o in e.observations.items()})
         for e in tiny.examples(pipeline)
     ]  # fmt: skip
-    monkeypatch.setattr("unified.flow.velocity", lambda z0, eps: torch.ones_like(z0))
+    monkeypatch.setattr("unified.flow.matching.velocity", lambda z0, eps: torch.ones_like(z0))
     plan = objective.plan(given, 0)
     entropy = -0.5 * 4 * math.log(2 * math.pi * math.e)
     each = {"flow/text": 1.0, "flow/image": 1.0, "text/entropy": entropy, "image/entropy": entropy}

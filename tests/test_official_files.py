@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unified import cli
-from unified.official import from_official, to_official
+from unified.cola.official import from_official, to_official
 from unified.pipeline import UnifiedPipeline
 
 VAE, DIT, MODEL = "cola_vae", "cola_dit", "model.safetensors"

@@ -19,20 +19,22 @@ import torch
 from golden import Golden, close, pad, unpad
 from torch import Tensor
 
-from unified.cache import KVCache
-from unified.config import FlowConfig, GenerationConfig
-from unified.flow import TIMESTEP_SCALE, Draws, FlowMatching
-from unified.inference import Inference, Wish
+from unified.cola.official import from_official, official_name, to_official
+from unified.config.schema import FlowConfig, GenerationConfig
+from unified.flow.matching import Draws, FlowMatching
+from unified.flow.timesteps import TIMESTEP_SCALE
+from unified.generation.items import Inference, Wish
+from unified.latents.modality import Choice
+from unified.latents.weights import read_weights
 from unified.modalities.text.decoding import choose, penalise, probabilities
 from unified.modalities.text.layers import KVCache as TextCache
 from unified.modalities.text.modality import TextConfig, TextModality
-from unified.modality import Choice
-from unified.official import from_official, official_name, to_official
+from unified.model.cache import KVCache
+from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
-from unified.prior import Prior
-from unified.sequence import Layout, PackedBatch, Sample, Segment, pack
-from unified.visibility import BEFORE, SAME, UP_TO, Visibility
-from unified.weights import read_weights
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import BEFORE, SAME, UP_TO, Visibility
 
 pytestmark = golden.here
 
@@ -297,7 +299,7 @@ def build(settings: dict[str, str]) -> UnifiedPipeline:
     block = int(settings["dit_block_size"])
     tasks["continuation"] = tasks["continuation"].model_copy(update={"block": block})
     config = main.config.model_copy(update={"tasks": tasks})
-    from unified.plugins import build_tasks
+    from unified.config.plugins import build_tasks
 
     return UnifiedPipeline(config, {"text": modality}, build_tasks(config, False), main.prior)
 

@@ -64,7 +64,7 @@ def test_the_wheel_carries_its_licence(site):
 
 
 def test_python_finds_the_installed_packages(site):
-    modules = ["unified.tasks.captioning", "unified.configs", "unified.configuring"]
+    modules = ["unified.tasks.captioning", "unified.configs", "unified.config.loading"]
     code = f"import {', '.join(modules)}; print(*[{', '.join(f'{m}.__file__' for m in modules)}])"
     assert all(str(site) in path for path in installed(site, sys.executable, "-c", code).split())
 

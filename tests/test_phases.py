@@ -13,7 +13,7 @@ import torch
 from unified.data.examples import Example
 from unified.data.shards import read_shards
 from unified.data.streams import ItemStream, TaskStream
-from unified.inference import Inference, Wish
+from unified.generation.items import Inference, Wish
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive, generator
 

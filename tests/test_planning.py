@@ -19,20 +19,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unified import cli
-from unified.config import PriorConfig
-from unified.flow import FlowMatching
+from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.schema import PriorConfig
+from unified.flow.matching import FlowMatching
 from unified.modalities.text.modality import TextConfig
+from unified.model.prior import Prior
 from unified.planning import flops, imagined
 from unified.planning.draft import Draft, make_plan
 from unified.planning.examples import Sizes, positions, typical
 from unified.planning.gpus import GPUS, find_gpu
 from unified.planning.memory import imagined_step
 from unified.planning.plan import Request
-from unified.plugins import build_tasks, modality_plugins
-from unified.prior import Prior
 from unified.randomness import generator
-from unified.sequence import Layout, PackedBatch, Sample, Segment, pack
-from unified.visibility import ALL, Visibility
+from unified.sequence.layout import Layout, Segment
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import ALL, Visibility
 
 CHANNELS = {"text": 16, "image": 64}
 PRIOR = PriorConfig(

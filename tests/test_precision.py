@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unified.evaluation.pca import PCA
-from unified.precision import arithmetic, current_device, has_bfloat16, resolve
+from unified.model.precision import arithmetic, current_device, has_bfloat16, resolve
 
 CPU = torch.device("cpu")
 

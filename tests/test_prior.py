@@ -8,12 +8,12 @@ import pytest
 import torch
 import toys
 
-from unified.config import PriorConfig
-from unified.prior import Prior
+from unified.config.schema import PriorConfig
+from unified.model.prior import Prior
 from unified.randomness import generator
-from unified.sequence import Layout
-from unified.training.objectives import flow_loss
-from unified.visibility import closure
+from unified.sequence.layout import Layout
+from unified.sequence.visibility import closure
+from unified.training.objectives.joint import flow_loss
 
 
 def corrupted(of, layouts, row_length=64, seeds=None, **options):

@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified import prior
-from unified.attention import see
-from unified.config import TrainingConfig
+from unified.config.schema import TrainingConfig
+from unified.latents.weights import named_tensors
+from unified.model import prior
+from unified.model.attention import see
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
 from unified.training.parallel import mesh_shape
 from unified.training.run import train
-from unified.weights import named_tensors
 
 SHARDED = "training.sharding=full"
 #: a step's loss may differ by the order of float32 additions

@@ -6,14 +6,14 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from unified import registry
-from unified.registry import SHIPPED, resolve
+from unified.config import registry
+from unified.config.registry import SHIPPED, resolve
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, table in SHIPPED.items() for n in table])
 def test_every_shipped_name_leads_to_a_plugin_class(group, name):
-    from unified.modality import Modality
-    from unified.task import Task
+    from unified.latents.modality import Modality
+    from unified.sequence.task import Task
 
     assert issubclass(resolve(group, name), {"modality": Modality, "task": Task}[group])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.demos import emoji_evaluation
 from unified.demos.emoji import SIDE
 from unified.demos.emoji_evaluation import Evaluation, evaluate_emoji

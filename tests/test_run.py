@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from unified.config import Config
+from unified.config.schema import Config
+from unified.latents.weights import named_tensors
 from unified.pipeline import UnifiedPipeline
 from unified.training import loop
 from unified.training.init import initialise
 from unified.training.run import train
-from unified.weights import named_tensors
 
 TEXT = {
     "type": "text",

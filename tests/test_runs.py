@@ -14,11 +14,11 @@ import tiny
 from PIL import Image
 
 from unified import cli
-from unified.configuring import dump_config
-from unified.training.curves import panels
-from unified.training.health import WINDOW, warnings
-from unified.training.history import read_run
-from unified.training.history_text import duration, show_runs, size
+from unified.config.loading import dump_config
+from unified.runs.curves import panels
+from unified.runs.health import WINDOW, warnings
+from unified.runs.history import read_run
+from unified.runs.history_text import duration, show_runs, size
 from unified.training.run import train
 
 

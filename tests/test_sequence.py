@@ -8,9 +8,10 @@ import pytest
 import torch
 import toys
 
-from unified.layers import rotary_turns, rotate
+from unified.model.layers import rotary_turns, rotate
 from unified.randomness import generator
-from unified.sequence import Layout, Sample, Segment, grid_positions, pack, place
+from unified.sequence.layout import Layout, Segment, grid_positions, place
+from unified.sequence.packing import Sample, pack
 
 
 def test_positions_of_text_image_and_twin():

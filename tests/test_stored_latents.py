@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from unified.cli import app
-from unified.config import Config
-from unified.configuring import merge
-from unified.data.latents import from_bytes, to_bytes
+from unified.config.loading import merge
+from unified.config.schema import Config
 from unified.data.shards import read_shards
-from unified.modality import Posterior
+from unified.data.stored import from_bytes, to_bytes
+from unified.data.tools.encode import encode
+from unified.latents.modality import Posterior
 from unified.pipeline import UnifiedPipeline
-from unified.training.encoding import encode
 from unified.training.run import train
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from unified.registry import SHIPPED, resolve
-from unified.sequence import Layout
-from unified.visibility import ALL, BEFORE, SAME, UP_TO, closure, draw
+from unified.config.registry import SHIPPED, resolve
+from unified.sequence.layout import Layout
+from unified.sequence.visibility import ALL, BEFORE, SAME, UP_TO, closure, draw
 
 TASKS = sorted(SHIPPED["task"])
 

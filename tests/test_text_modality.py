@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unified.latents.modality import Latent
 from unified.modalities.text.modality import TextConfig, TextModality, location_by_width
 from unified.modalities.text.tokenizer import Tokenizer
-from unified.modality import Latent
 from unified.randomness import generator
 
 CORPUS = [

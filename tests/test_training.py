@@ -25,8 +25,9 @@ from toy_stage import (
     training_config,
 )
 
-from unified.config import EMAConfig, IntervalConfig, OptimizerConfig
-from unified.training import checkpoint, trend
+from unified.config.schema import EMAConfig, IntervalConfig, OptimizerConfig
+from unified.training import checkpoint
+from unified.training import divergence as trend
 from unified.training.ema import EMA
 from unified.training.loop import DivergedError, Loop, Stage, train_stage
 from unified.training.metrics import tracker_names

@@ -13,11 +13,11 @@ import toys
 from devices import DEVICES
 from torch.nn.attention.flex_attention import flex_attention
 
-from unified import attention, tiles
-from unified.attention import attend, check_trains, dot_product, see
-from unified.tasks import captioning, continuation, text_to_image
-from unified.tiles import at_once
-from unified.visibility import (
+from unified.model import attention
+from unified.model.attention import attend, check_trains, dot_product, see
+from unified.model.kernels import tiles
+from unified.model.kernels.tiles import at_once
+from unified.sequence.visibility import (
     ALL,
     BEFORE,
     SAME,
@@ -28,6 +28,7 @@ from unified.visibility import (
     draw,
     with_unconditional,
 )
+from unified.tasks import captioning, continuation, text_to_image
 
 TASKS = {"continuation": continuation, "captioning": captioning, "text_to_image": text_to_image}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from unified.config import Config
+from unified.config.schema import Config
 from unified.data.streams import Prepared
 from unified.pipeline import UnifiedPipeline
 

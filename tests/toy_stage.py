@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from unified.config import StageConfig, TrainingConfig
+from unified.config.schema import StageConfig, TrainingConfig
 from unified.randomness import generator
 from unified.training.folder import RunFolder
 from unified.training.loop import Stage, train_stage
-from unified.training.objective import Objective
+from unified.training.objectives.objective import Objective
 
 WIDTH = 4
 

@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from unified.config import FlowConfig, PriorConfig
-from unified.flow import FlowMatching
-from unified.prior import Prior
+from unified.config.schema import FlowConfig, PriorConfig
+from unified.flow.matching import FlowMatching
+from unified.model.prior import Prior
 from unified.randomness import generator
-from unified.sequence import Layout, PackedBatch, Sample, pack
+from unified.sequence.layout import Layout
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import Visibility
 from unified.tasks.captioning import Captioning, CaptioningConfig
 from unified.tasks.continuation import Continuation, ContinuationConfig
 from unified.tasks.text_to_image import TextToImage, TextToImageConfig
-from unified.visibility import Visibility
 
 CHANNELS = {"text": 3, "image": 5}
 AXES = 3

@@ -37,7 +37,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
-from unified.config import DensityConfig
+from unified.config.schema import DensityConfig
 from unified.errors import StoppedError, one_line
 
 app = typer.Typer(
@@ -81,7 +81,7 @@ def train(
     config: ConfigName, overrides: Overrides = None, trust_remote_code: Trust = False
 ) -> None:
     """Train a model, stage by stage; the same command continues a run that was interrupted."""
-    from unified.configuring import load_config
+    from unified.config.loading import load_config
     from unified.training.run import train as run
 
     final = run(load_config(config, overrides or []), config, trust_remote_code)
@@ -122,7 +122,7 @@ def score_response(
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return
-    from unified.likelihood.report import as_table
+    from unified.likelihood.score_text import as_table
 
     print(as_table(found))
 

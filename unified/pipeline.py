@@ -19,16 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from unified.config import Config, GenerationConfig, PriorConfig
+from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.schema import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
-from unified.inference import Inference, Seed, Wish
+from unified.generation.items import Inference, Seed, Wish
+from unified.latents.modality import Modality
+from unified.latents.weights import load_weights, save_weights, written_whole
 from unified.likelihood import DensityConfig, Score, score
 from unified.likelihood.score import Scorer
-from unified.modality import Modality
-from unified.plugins import build_tasks, modality_plugins
-from unified.prior import Prior
-from unified.task import Task
-from unified.weights import load_weights, save_weights, written_whole
+from unified.model.prior import Prior
+from unified.sequence.task import Task
 
 INDEX = "model_index.json"
 #: what a configuration says about a run and its machine, and not about the model

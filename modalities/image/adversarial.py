@@ -26,10 +26,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unified.critic import Critic
-from unified.layers import wide
+from unified.latents.critic import Critic
+from unified.latents.modality import PluginConfig
 from unified.modalities.image.grouping import together
-from unified.modality import PluginConfig
+from unified.model.layers import wide
 
 #: channels of one group of GroupNorm
 GROUP = 8

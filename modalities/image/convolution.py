@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unified.linear import product_dtype
+from unified.model.kernels.linear import product_dtype
 
 #: cells of the largest grid that is small
 SMALL = 64

@@ -21,16 +21,16 @@ from PIL import Image
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from unified.critic import Critic
-from unified.evaluation.metrics import psnr, ssim
-from unified.layers import wide
+from unified.latents.critic import Critic
+from unified.latents.measures import psnr, ssim
+from unified.latents.modality import Latent, Modality, PluginConfig, Posterior
+from unified.latents.weights import write_text, written_whole
 from unified.modalities.image import buckets, losses, pixels
 from unified.modalities.image.adversarial import Adversarial
 from unified.modalities.image.grouping import stacked, together
 from unified.modalities.image.perceptual import Perceptual
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
-from unified.modality import Latent, Modality, PluginConfig, Posterior
-from unified.weights import write_text, written_whole
+from unified.model.layers import wide
 
 EXTRAS = "modality.json"
 #: observations encoded at once while fitting statistics

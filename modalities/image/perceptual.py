@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unified.critic import Critic
 from unified.errors import did_you_mean, one_line
-from unified.layers import wide
+from unified.latents.critic import Critic
+from unified.latents.modality import PluginConfig
+from unified.latents.weights import assign, check_names, named_tensors, read_file
 from unified.modalities.image.grouping import together
-from unified.modality import PluginConfig
-from unified.weights import assign, check_names, named_tensors, read_file
+from unified.model.layers import wide
 
 #: mean and standard deviation of colours in [0, 1] that torchvision's backbones were trained with
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

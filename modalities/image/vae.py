@@ -22,8 +22,8 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from unified.latents.modality import PluginConfig
 from unified.modalities.image.convolution import write_out
-from unified.modality import PluginConfig
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

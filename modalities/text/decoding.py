@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unified.layers import wide
+from unified.latents.modality import Choice, Decoding, Latent
 from unified.modalities.text.layers import KVCache
-from unified.modality import Choice, Decoding, Latent
+from unified.model.layers import wide
 from unified.randomness import generator
 
 if TYPE_CHECKING:

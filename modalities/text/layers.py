@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unified.attention import dot_product
-from unified.linear import Linear
 from unified.modalities.text.vae_config import TextVAEConfig
+from unified.model.attention import dot_product
+from unified.model.kernels.linear import Linear
 
 FAR = 1 << 24
 

@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from unified.errors import validated
-from unified.layers import wide
+from unified.latents.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
+from unified.latents.weights import load_weights, save_weights
 from unified.modalities.text.decoding import TextDecoding
 from unified.modalities.text.layers import KVCache
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
-from unified.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
-from unified.weights import load_weights, save_weights
+from unified.model.layers import wide
 
 CONFIG = "config.json"
 IGNORED = -100

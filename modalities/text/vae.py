@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unified.layers import wide
-from unified.linear import Linear
 from unified.modalities.text.layers import Blocks, KVCache
 from unified.modalities.text.vae_config import TextVAEConfig
+from unified.model.kernels.linear import Linear
+from unified.model.layers import wide
 
 LOGVAR_RANGE = (-30.0, 20.0)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from unified.modality import PluginConfig
+from unified.latents.modality import PluginConfig
 
 
 class TextVAEConfig(PluginConfig):

@@ -21,7 +21,7 @@ def official(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The pipeline folder to write.")],
 ) -> None:
     """Make a pipeline folder of an official checkpoint."""
-    from unified.official import from_official
+    from unified.cola.official import from_official
 
     pipeline = from_official(source)
     pipeline.save_pretrained(output)
@@ -55,7 +55,7 @@ def to_official(
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
 ) -> None:
     """Write a text-only pipeline in the official format."""
-    from unified.official import to_official
+    from unified.cola.official import to_official
 
     to_official(open_pipeline(source), output, max_shard_size)
     print(output)

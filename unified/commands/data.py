@@ -50,8 +50,8 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Make shards of a folder of images and texts, or of a table."""
-    from unified.data.inputs import open_input
-    from unified.data.packing import pack as run
+    from unified.data.tools.inputs import open_input
+    from unified.data.tools.pack import pack as run
 
     packed = run(
         open_input(source, image_column, text_column),
@@ -65,7 +65,7 @@ def pack(
     if as_json:
         print(json.dumps(asdict(packed), indent=2))
         return
-    from unified.units import size
+    from unified.tables import size
 
     for split, shards in packed.shards.items():
         many = f"{len(shards):,} shard{'s' * (len(shards) != 1)}"
@@ -92,8 +92,8 @@ def encode(
     import torch
 
     from unified.commands.options import open_pipeline
-    from unified.configuring import load_config
-    from unified.training.encoding import encode as run
+    from unified.config.loading import load_config
+    from unified.data.tools.encode import encode as run
 
     index, _, count = part.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -132,7 +132,7 @@ def check(
     trust_remote_code: Trust = False,
 ) -> None:
     """Read all shards and tell what is in them; exit code 1 if anything is bad."""
-    from unified.data import report as view
+    from unified.data.tools import check_text as view
 
     if ranks > 1 and batch_size is None:
         raise ValueError("--ranks needs --batch-size: the examples of one step over all ranks")
@@ -149,8 +149,8 @@ def check(
 
 
 def _reports(what: list[str], workers: int | None, trust: bool) -> Any:
-    from unified.configuring import load_config
-    from unified.data.checking import check_config, check_shards
+    from unified.config.loading import load_config
+    from unified.data.tools.check import check_config, check_shards
 
     if what[0].startswith("embedded:") or what[0].endswith(".tar"):
         return check_shards(what, workers)

@@ -17,14 +17,14 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
-from unified.config import GenerationConfig
+from unified.config.schema import GenerationConfig
 from unified.errors import as_text
 
 app = typer.Typer(no_args_is_help=True, help="Score answers to benchmark questions.")
 
 
 def _print(found: list[Any], as_json: bool) -> None:
-    from unified.evaluation.answers import as_table
+    from unified.evaluation.benchmarks.answers import as_table
 
     print(json.dumps([asdict(a) for a in found], indent=2) if as_json else as_table(found))
 
@@ -36,7 +36,7 @@ def answers(
     as_json: AsJson = False,
 ) -> None:
     """Score files of answers by the official rule and by the paper's."""
-    from unified.evaluation.answers import score_file
+    from unified.evaluation.benchmarks.answers import score_file
 
     _print([score_file(path, task) for path in files], as_json)
 
@@ -56,8 +56,8 @@ def run(
     trust_remote_code: Trust = False,
 ) -> None:
     """Answer a file of questions and score the answers; a stopped run is continued."""
-    from unified.evaluation.answering import answer_file
-    from unified.evaluation.answers import task_of
+    from unified.evaluation.benchmarks.answering import answer_file
+    from unified.evaluation.benchmarks.answers import task_of
 
     task_of(file, task)
     pipeline = open_pipeline(checkpoint, trust_remote_code)

@@ -19,7 +19,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
-from unified.config import GenerationConfig
+from unified.config.schema import GenerationConfig
 
 app = typer.Typer(no_args_is_help=True, help="Generate text or images from a checkpoint.")
 

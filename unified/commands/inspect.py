@@ -18,7 +18,7 @@ from unified.commands.options import (
     given,
     open_pipeline,
 )
-from unified.config import DensityConfig
+from unified.config.schema import DensityConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model's latent spaces.")
 
@@ -50,8 +50,8 @@ def logsnr(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print the VAE logSNR, in nats: how sharp the posteriors are."""
-    from unified.evaluation.latents import log_snr
     from unified.evaluation.reconstruction import posteriors
+    from unified.evaluation.robustness import log_snr
 
     measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
     value = log_snr(posteriors(measured, observations))
@@ -71,7 +71,7 @@ def noise(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print how much of an item the decoder gives back of its noisy latents, by timestep."""
-    from unified.evaluation.latents import LEVELS, noise_robustness
+    from unified.evaluation.robustness import LEVELS, noise_robustness
 
     try:
         chosen = [float(part) for part in levels.split(",") if part] or list(LEVELS)

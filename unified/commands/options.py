@@ -43,8 +43,8 @@ MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest text to g
 
 def open_pipeline(checkpoint: str, trust_remote_code: bool = False) -> UnifiedPipeline:
     """The pipeline, on this machine's accelerator if there is one."""
+    from unified.model.precision import current_device
     from unified.pipeline import UnifiedPipeline
-    from unified.precision import current_device
 
     return UnifiedPipeline.from_pretrained(checkpoint, trust_remote_code, current_device())
 
@@ -55,7 +55,7 @@ def given(
     """KEY=VALUE settings, which must be fields of `model`, and the options that were given; the
     checkpoint's own defaults serve for the others. ValueError for what is unknown, makes no sense
     or is given twice."""
-    from unified.configuring import parse_settings
+    from unified.config.loading import parse_settings
     from unified.errors import validated
 
     told = parse_settings(settings or [])

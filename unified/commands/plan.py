@@ -35,8 +35,8 @@ def plan(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print parameters, FLOPs, memory per device and time of a joint stage, without running it."""
-    from unified.configuring import load_config
-    from unified.planning import report
+    from unified.config.loading import load_config
+    from unified.planning import plan_text as report
     from unified.planning.draft import make_plan
     from unified.planning.examples import Sizes
     from unified.planning.gpus import find_gpu

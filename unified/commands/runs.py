@@ -31,13 +31,13 @@ def show(
     """Summarise a run, or compare several: steps, losses, speed, checkpoints; and draw them."""
     import json
 
-    from unified.training.history import read_run
-    from unified.training.history_text import show_runs
+    from unified.runs.history import read_run
+    from unified.runs.history_text import show_runs
 
     found = [read_run(folder) for folder in folders]
     print(json.dumps([r.as_json() for r in found], indent=2) if as_json else show_runs(found))
     if plot or output is not None:
-        from unified.training.curves import draw
+        from unified.runs.curves import draw
 
         target = output or folders[0] / "curves.png"
         draw(found, target)

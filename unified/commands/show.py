@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Show a configuration, a task or a 
 @app.command("config")
 def config(config: ConfigName, overrides: Overrides = None) -> None:
     """Print the resolved configuration as YAML."""
-    from unified.configuring import dump_config, load_config
+    from unified.config.loading import dump_config, load_config
 
     print(dump_config(load_config(config, overrides or [])), end="")
 
@@ -31,7 +31,7 @@ def task(
     trust_remote_code: Trust = False,
 ) -> None:
     """Draw which position of a task's sequence sees which."""
-    from unified import show as view
+    from unified.planning import describe as view
 
     layout = view.task_layout(name, block, trust_remote_code)
     print(view.show_task(layout, view.parse_lengths(lengths, layout), unconditional, as_json))
@@ -45,8 +45,8 @@ def model(
     trust_remote_code: Trust = False,
 ) -> None:
     """Print the model's modules and their parameter counts, without allocating them."""
-    from unified import show as view
-    from unified.configuring import load_config
+    from unified.config.loading import load_config
+    from unified.planning import describe as view
 
     counts = view.parameter_counts(load_config(config, overrides or []), trust_remote_code)
     print(view.show_model(counts, as_json))

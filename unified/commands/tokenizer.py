@@ -17,7 +17,7 @@ Output = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write."
 
 
 def _class() -> Any:
-    from unified.registry import resolve
+    from unified.config.registry import resolve
 
     text: Any = resolve("modality", "text")
     return text.tokenizer_class
@@ -67,7 +67,7 @@ def _texts(sources: list[str], field: str) -> Iterator[str]:
     """All texts of files (as they are), of .jsonl lines, or of the .txt members of shards."""
     from unified.data.shards import read_shards
     from unified.errors import as_text
-    from unified.evaluation.answers import read_objects
+    from unified.evaluation.benchmarks.answers import read_objects
 
     for source in sources:
         if source.endswith(".tar"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from unified.data.shards import RawExample
-from unified.modality import Modality
+from unified.latents.modality import Modality
 
 
 class BadExampleError(ValueError):

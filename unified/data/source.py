@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
-from unified.config import DataConfig, SourceConfig
+from unified.config.schema import DataConfig, SourceConfig
 from unified.data.remote import ATTEMPTS, Access, local_path
 from unified.data.shards import Entry, RawExample, check_shard, expand, index_shard
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from unified.data.examples import Example
-from unified.data.latents import LATENTS, fingerprint, from_bytes, phased
-from unified.modality import Modality, Observed, Posterior, grid_of
-from unified.sequence import needed, place
-from unified.task import Task
-from unified.visibility import Visibility
+from unified.data.stored import LATENTS, fingerprint, from_bytes, phased
+from unified.latents.modality import Modality, Observed, Posterior, grid_of
+from unified.sequence.layout import needed, place
+from unified.sequence.task import Task
+from unified.sequence.visibility import Visibility
 
 
 @dataclass(frozen=True)

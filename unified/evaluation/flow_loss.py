@@ -19,14 +19,15 @@ from torch import Tensor
 
 from unified.data.streams import Prepared
 from unified.evaluation.reconstruction import posteriors
-from unified.flow import FlowMatching, flow_errors
-from unified.generate import noisy_kind
-from unified.modality import Latent
+from unified.flow.matching import FlowMatching, flow_errors
+from unified.generation.blocks import noisy_kind
+from unified.latents.modality import Latent
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
-from unified.sequence import Layout, PackedBatch, Sample, pack
-from unified.task import Task
-from unified.visibility import Visibility, closure
+from unified.sequence.layout import Layout
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.task import Task
+from unified.sequence.visibility import Visibility, closure
 
 BATCH = 64
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unified.evaluation.reconstruction import posteriors
-from unified.modality import Modality
+from unified.latents.modality import Modality
 from unified.randomness import generator
 
 Label = TypeVar("Label", bound=Hashable)

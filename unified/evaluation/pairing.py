@@ -12,8 +12,8 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from unified.evaluation.flow_loss import Encoded, TargetLoss
-from unified.evaluation.metrics import Interval, bootstrap
-from unified.modality import Latent
+from unified.evaluation.statistics import Interval, bootstrap
+from unified.latents.modality import Latent
 from unified.randomness import generator
 
 

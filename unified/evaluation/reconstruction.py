@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from unified.modality import Modality, Observed, Posterior, draw, posteriors_of
+from unified.latents.modality import Modality, Observed, Posterior, draw, posteriors_of
 from unified.randomness import generator
 
 BATCH = 32

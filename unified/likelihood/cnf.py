@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unified.config import DensityConfig
+from unified.config.schema import DensityConfig
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Slope = Callable[[Tensor, Tensor], Tensor]

@@ -31,14 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified.config import DensityConfig
+from unified.config.schema import DensityConfig
+from unified.latents.modality import Latent, Modality
 from unified.likelihood.bounds import Estimate, Estimator, estimate
 from unified.likelihood.cnf import log_density
-from unified.modality import Latent, Modality
-from unified.prior import Prior
+from unified.model.prior import Prior
 from unified.randomness import derive, generator
-from unified.sequence import Layout, PackedBatch, Sample, pack
-from unified.visibility import Visibility
+from unified.sequence.layout import Layout
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import Visibility
 
 
 @dataclass(frozen=True)

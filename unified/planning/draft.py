@@ -10,19 +10,19 @@ from functools import cached_property
 
 import torch
 
-from unified.config import Config, StageConfig
+from unified.config.plugins import build_tasks, validate_plugins
+from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
 from unified.errors import did_you_mean
-from unified.modality import Modality
+from unified.latents.modality import Modality
+from unified.planning.describe import counts_of, on_meta
 from unified.planning.examples import positions, typical
 from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
 from unified.planning.memory import Memory, forward_only, imagined_step, per_device
 from unified.planning.plan import Example, Plan, Request
-from unified.plugins import build_tasks, validate_plugins
-from unified.show import counts_of, on_meta
 from unified.training.loop import planned_steps
-from unified.training.objectives import JointObjective
+from unified.training.objectives.joint import JointObjective
 
 
 def make_plan(

@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unified.modality import Modality
-from unified.task import Task
+from unified.latents.modality import Modality
+from unified.sequence.task import Task
 
 Grids = dict[str, tuple[int, ...]]
 

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 
 import torch
 
-from unified.config import PriorConfig
-from unified.layers import SINUSOID_WIDTH
-from unified.sequence import Layout, PackedBatch, Sample, pack
-from unified.visibility import Coordinates, Visibility
+from unified.config.schema import PriorConfig
+from unified.model.layers import SINUSOID_WIDTH
+from unified.sequence.layout import Layout
+from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.visibility import Coordinates, Visibility
 
 #: forward and backward, relative to the forward pass alone
 TRAINING = 3

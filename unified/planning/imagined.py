@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from unified import attention
-from unified.linear import COUNTED
-from unified.modality import Latent, Modality
-from unified.prior import Prior
-from unified.tiles import Tile
+from unified.latents.modality import Latent, Modality
+from unified.model import attention
+from unified.model.kernels.linear import COUNTED
+from unified.model.kernels.tiles import Tile
+from unified.model.prior import Prior
 
 DEVICE = "cpu"
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from unified.planning.imagined import DEVICE, Attention, Ledger
-from unified.training.objectives import JointObjective, JointPlan
+from unified.training.objectives.joint import JointObjective, JointPlan
 
 FLOAT32 = 4
 #: AdamW keeps two averages of every parameter

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from unified.config import StageConfig
+from unified.config.schema import StageConfig
+from unified.planning.describe import Counts
 from unified.planning.examples import Grids, Sizes
 from unified.planning.gpus import GPU
 from unified.planning.memory import Memory
-from unified.show import Counts
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from unified.latents.weights import check_names, check_shapes, named_tensors
 from unified.training.ema import EMA
-from unified.weights import check_names, check_shapes, named_tensors
 
 STATE = "state.json"
 
@@ -46,7 +46,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")
 class Progress:
     """How far a stage has come. `data` is the data's state after `step` steps (its own is ahead, as
     it prepares the next steps early); `best_*` is the lowest ``val/loss`` so far; `trend` is
-    what `unified.training.trend` keeps; `bad` and `truncated` count examples."""
+    what `unified.training.divergence` keeps; `bad` and `truncated` count examples."""
 
     step: int = 0
     seconds: float = 0.0

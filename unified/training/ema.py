@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unified.config import EMAConfig
+from unified.config.schema import EMAConfig
 
 
 class EMA:

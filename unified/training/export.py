@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import nn
 
-from unified.config import Config, StageConfig
+from unified.config.schema import Config, StageConfig
+from unified.latents.weights import assign, named_tensors
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
 from unified.training.folder import RunFolder
-from unified.weights import assign, named_tensors
 
 
 def exported(

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from unified.config import Config
-from unified.configuring import dump_config, load_config
-from unified.weights import write_text
+from unified.config.loading import dump_config, load_config
+from unified.config.schema import Config
+from unified.latents.weights import write_text
 
 #: dotted keys that may change between the sittings of one run: its length, and what it reports
 MAY_CHANGE = re.compile(

@@ -17,9 +17,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from unified.modality import Modality
+from unified.latents.modality import Modality
+from unified.latents.weights import check_shapes, named_tensors
 from unified.pipeline import INDEX, UnifiedPipeline, read_prior
-from unified.weights import check_shapes, named_tensors
 
 #: the suffix of a modality's part
 VAE = "_vae"

@@ -29,15 +29,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unified.config import StageConfig, TrainingConfig
+from unified.config.schema import StageConfig, TrainingConfig
 from unified.data.prefetch import prefetch
 from unified.errors import StoppedError
 from unified.randomness import derive
-from unified.training import checkpoint, trend
+from unified.training import checkpoint
+from unified.training import divergence as trend
 from unified.training.ema import EMA
 from unified.training.folder import RunFolder
 from unified.training.metrics import Metrics, Speed, memory_gb, say
-from unified.training.objective import Objective, Plan
+from unified.training.objectives.objective import Objective, Plan
 from unified.training.optim import (
     build_optimizer,
     learning_groups,

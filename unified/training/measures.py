@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unified.data.streams import Prepared
-from unified.modality import Modality
+from unified.latents.modality import Modality
 from unified.training.parallel import over_ranks
 from unified.training.work import share
 

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from unified.weights import write_text
+from unified.latents.weights import write_text
 
 #: seconds between two plain lines, where there is no terminal for a progress bar
 PLAIN_EVERY = 10.0

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from unified.config import IntervalConfig, OptimizerConfig
+from unified.config.schema import IntervalConfig, OptimizerConfig
 
 Groups = Mapping[str, Sequence[nn.Parameter]]
 

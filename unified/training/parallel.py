@@ -8,7 +8,7 @@
 Sharding uses PyTorch's `fully_shard`, one unit per block of the prior and one for the rest:
 weights, gradients, optimizer state and averages are then all cut the same way. Under bf16, blocks
 are gathered in bfloat16 and gradients are summed in float32; norms, softmax and losses compute in
-float32 in any case (`unified.layers`).
+float32 in any case (`unified.model.layers`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from unified.config import TrainingConfig
-from unified.prior import Block
+from unified.config.schema import TrainingConfig
+from unified.model.prior import Block
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unified.attention import check_trains
-from unified.config import Config
+from unified.config.plugins import validate_plugins
+from unified.config.schema import Config
+from unified.model.attention import check_trains
+from unified.model.precision import current_device, resolve
 from unified.pipeline import UnifiedPipeline, write_json
-from unified.plugins import validate_plugins
-from unified.precision import current_device, resolve
 from unified.randomness import derive
 from unified.training import checkpoint
 from unified.training.export import exported, origin

@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unified.config import GenerationConfig
+from unified.config.schema import GenerationConfig
 from unified.data.streams import Prepared
-from unified.generate import Generator, Request
-from unified.modality import Latent, Modality, posteriors_of
+from unified.generation.blocks import Generator, Request
+from unified.generation.sampler import Sampler
+from unified.latents.modality import Latent, Modality, posteriors_of
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
-from unified.sampler import Sampler
-from unified.sequence import Layout
+from unified.sequence.layout import Layout
 
 #: examples of each stream, and pairs on a sheet of reconstructions
 SAMPLES, PAIRS = 4, 8

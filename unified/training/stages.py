@@ -16,22 +16,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unified.config import Config, StageConfig
+from unified.config.plugins import critic_plugins, modality_plugins
+from unified.config.schema import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
-from unified.data.latents import LATENTS
 from unified.data.mixture import Feed, Mixture
 from unified.data.source import Source, access_of
+from unified.data.stored import LATENTS
 from unified.data.streams import ItemStream, Prepared, TaskStream
-from unified.modality import unencoded
+from unified.latents.modality import unencoded
 from unified.pipeline import UnifiedPipeline
-from unified.plugins import critic_plugins, modality_plugins
 from unified.randomness import derive
 from unified.training import samples
-from unified.training.alignment import Alignment
 from unified.training.measures import measured
-from unified.training.objective import Objective
-from unified.training.objectives import AutoencoderObjective, JointObjective
+from unified.training.objectives.alignment import Alignment
+from unified.training.objectives.autoencoder import AutoencoderObjective
+from unified.training.objectives.joint import JointObjective
+from unified.training.objectives.objective import Objective
 from unified.training.validation import evaluate
 
 if TYPE_CHECKING:

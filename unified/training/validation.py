@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unified.training.objective import Objective
+from unified.training.objectives.objective import Objective
 from unified.training.parallel import over_ranks
 from unified.training.work import add, averages, share, total
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unified.training.objective import Plan
+from unified.training.objectives.objective import Plan
 from unified.training.parallel import over_ranks
 
 if TYPE_CHECKING:

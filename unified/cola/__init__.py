@@ -1,0 +1,1 @@
+"""The official Cola DLM checkpoints, in and out."""

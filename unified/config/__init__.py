@@ -1,0 +1,1 @@
+"""Configurations: the schema, how files are read, and the classes that names stand for."""

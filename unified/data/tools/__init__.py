@@ -1,0 +1,1 @@
+"""Shards made, checked and encoded: what comes before training."""

@@ -1,0 +1,1 @@
+"""From what is given to something new, block by block."""

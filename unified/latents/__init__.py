@@ -1,0 +1,1 @@
+"""What a modality is, what it gives, and its weights on disk."""

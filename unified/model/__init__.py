@@ -1,0 +1,1 @@
+"""The prior, and what it is made of."""

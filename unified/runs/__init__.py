@@ -1,0 +1,1 @@
+"""How a run went: its history, its curves, its health."""

@@ -1,0 +1,1 @@
+"""The latent sequence: who sees whom, layouts, tasks, and packing into rows."""
