@@ -83,7 +83,7 @@ class Aligned:
             f"alignment reads the observations of {m}, but this stage has only their latents: train"
             " it without stored latents, or without alignment"
         )
-        item_K = np.cumsum(mine.place_N.numpy() == 0) - 1  # which item a latent is of
+        item_K = np.cumsum(mine.spot_2N[1].numpy() == 0) - 1  # which item a latent is of
         wanted = np.unique(item_K[latent_M])
         grids = mine.grids
         first = np.array([0, *accumulate(count for count, _ in grids)])
