@@ -46,7 +46,7 @@ def test_an_old_run_continues(
     told = capsys.readouterr().err
     assert "continuing joint at step 2" in told
     assert "the noise that steps draw changes from here" in told
-    lines = [json.loads(line) for line in Path("run/metrics.jsonl").open()]
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     joint = [line for line in lines if line["stage"] == "joint" and "loss" in line]
     losses = {line["step"]: line["loss"] for line in joint}
     assert sorted(losses) == [1, 2, 3, 4]
