@@ -3,7 +3,7 @@
     python benchmarks/frames.py                 # a table; --json for JSON, with the lists of frames
 
 * ``generate``: frames from `UnifiedPipeline.text_to_image` to the prior's forward
-* ``train``: frames from the command line (``unified train CONFIG``) to the errors of the velocities,
+* ``train``: frames from the command line (``unified train CONFIG``) to the errors of velocities,
   which the flow loss sums up
 * ``functions``: how many there are in `unified/`, `modalities/` and `tasks/`, the lines below which
   nine in ten stay (docstrings and blank lines count), and the longest

@@ -339,7 +339,8 @@ def test_generation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Inference(pipeline.modalities, pipeline.tasks, pipeline.prior, "continuation")
     logits, latents = watch(monkeypatch, file["block_logits"].shape[-2])
     with recorded(pipeline.prior) as velocities:
-        out = runner.run(wishes, settings, 0)
+        made = [item for step in runner.stream(wishes, settings, 0) for item in step.items()]
+    out = list(dict(made).values())
     close(torch.stack(latents), file["block_latents"], END_TO_END)
     close(torch.stack(logits), file["block_logits"], END_TO_END)
     assert out == [
@@ -405,7 +406,7 @@ def check_first_step(
     """The velocities of the first step: conditional and unconditional, of each sample in turn."""
     first = velocities[0]
     if settings.guidance_scale == 1:  # then ours leaves the unconditional pass out
-        with recorded(runner.generator.prior) as velocities:
+        with recorded(runner.prior) as velocities:
             next(runner.stream(wishes, settings.model_copy(update={"guidance_scale": 2.0}), 0))
         first = velocities[0]
     rows = first.unflatten(0, (len(wishes), 2, -1))

@@ -99,9 +99,10 @@ class UnifiedPipeline:
         that the model does not have, for settings that do not exist or make no sense, and for input
         that cannot be represented.
         """
-        runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
-        size = self._size(runner, size, settings)
-        return runner.run([Wish(items, size) for items in given], chosen, seeds)
+        made: dict[int, Any] = {}
+        for items in self.stream(task, given, size, seed, generator, **settings):
+            made |= items
+        return [made[index] for index in range(len(given))]
 
     def stream(
         self,
