@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from machine import forget_peak, resident
 
-from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config, EMAConfig
 from unified.data.streams import Prepared
 from unified.model import attention
@@ -81,7 +81,7 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
     config = configuration(size, learning)
     stage = config.stages[0]
     cpu = Request(GPU("cpu", {"fp32": 1.0}, 1.0))
-    draft = Draft(config, stage, cpu, "fp32", trust_remote_code=False)
+    draft = Draft(config, stage, cpu, "fp32", resolve_plugins(config))
     examples = [
         Prepared(e.stream, e.key, slot, e.observations)
         for name in draft.tasks
@@ -118,9 +118,10 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     """Peak of resident memory, in bytes, over two optimizer steps, above the beginning's."""
     attention.KEYS = 0
     before = forget_peak()
-    modalities = {n: cls.build(o, None) for n, (cls, o) in modality_plugins(config).items()}
+    plugins = resolve_plugins(config)
+    modalities = {n: cls.build(o, None) for n, (cls, o) in plugins.modalities.items()}
     prior = Prior(config.prior, {n: m.channels for n, m in modalities.items()})
-    layouts = {n: t.layout for n, t in build_tasks(config).items()}
+    layouts = {n: t.layout for n, t in plugins.tasks.items()}
     stage = config.stages[0]
     objective = JointObjective(prior, modalities, layouts, stage, config.flow, 0)
     if recomputed:

@@ -299,9 +299,9 @@ def build(settings: dict[str, str]) -> UnifiedPipeline:
     block = int(settings["dit_block_size"])
     tasks["continuation"] = tasks["continuation"].model_copy(update={"block": block})
     config = main.config.model_copy(update={"tasks": tasks})
-    from unified.config.plugins import build_tasks
+    from unified.config.plugins import resolve_model
 
-    return UnifiedPipeline(config, {"text": modality}, build_tasks(config, False), main.prior)
+    return UnifiedPipeline(config, {"text": modality}, resolve_model(config).tasks, main.prior)
 
 
 def generation(settings: dict[str, str]) -> GenerationConfig:

@@ -112,14 +112,14 @@ class GuidedVelocity:
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
         guided = self.both is not None and guides(self.settings, t)
-        fresh = guided and (self.difference_NC is None or self._is_fresh(float(t)))
-        made = self.both if fresh and self.both else self.plain
+        held = None if guided and self._is_fresh(float(t)) else self.difference_NC
+        made = self.both if guided and self.both and held is None else self.plain
         run = partial(self._velocities, made.batch, made.geometry)
         v_c, *v_u = run(z_NC, t) if made.recording is None else made.recording(run, z_NC, t)
-        if fresh:
+        if v_u:
             self.difference_NC = v_c - v_u[0]
         if guided:
-            v_c = self._combine(v_c, v_u[0] if fresh else v_c - self.difference_NC, t)
+            v_c = self._combine(v_c, v_u[0] if held is None else v_c - held, t)
         return v_c * self.unknown_N[:, None]
 
     def _is_fresh(self, t: float) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unified.config.plugins import modality_plugins
+from unified.config.plugins import Plugins, resolve_model
 from unified.config.registry import resolve
 from unified.config.schema import Config
 from unified.errors import did_you_mean, validated
@@ -67,15 +67,14 @@ class Counts:
 
 def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, Counts]:
     """Module -> its counts, without allocating any parameter."""
-    return counts_of(*on_meta(config, trust_remote_code))
+    return counts_of(*on_meta(config, resolve_model(config, trust_remote_code)))
 
 
-def on_meta(config: Config, trust_remote_code: bool = False) -> tuple[dict[str, Modality], Prior]:
+def on_meta(config: Config, plugins: Plugins) -> tuple[dict[str, Modality], Prior]:
     """The model on the meta device, where parameters have a shape and take no memory."""
     with torch.device("meta"):
         modalities = {
-            name: cls.build(options, None)
-            for name, (cls, options) in modality_plugins(config, trust_remote_code).items()
+            name: cls.build(options, None) for name, (cls, options) in plugins.modalities.items()
         }
         channels = {name: modality.channels for name, modality in modalities.items()}
         return modalities, Prior(config.prior, channels=channels)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from unified.config.plugins import build_tasks, validate_plugins
+from unified.config.plugins import Plugins, resolve_plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
 from unified.errors import did_you_mean
@@ -34,12 +34,12 @@ def make_plan(
 ) -> Plan:
     """The plan of `stage`, by default the last joint one. ValueError for a stage that there is not,
     a batch that the GPUs cannot share, and examples that do not fit a row."""
-    validate_plugins(config, source, trust_remote_code)
+    plugins = resolve_plugins(config, trust_remote_code, source)
     chosen = joint_stage(config, stage)
     check_shares(chosen, request.gpus)
     precision = request.precision or config.training.precision
     precision = "bf16" if precision == "auto" else precision
-    return Draft(config, chosen, request, precision, trust_remote_code).plan()
+    return Draft(config, chosen, request, precision, plugins).plan()
 
 
 def joint_stage(config: Config, name: str | None) -> StageConfig:
@@ -86,14 +86,14 @@ class Draft:
         stage: StageConfig,
         request: Request,
         precision: str,
-        trust_remote_code: bool,
+        plugins: Plugins,
     ):
         self.config, self.stage, self.request, self.precision = config, stage, request, precision
-        tasks = build_tasks(config, trust_remote_code)
+        self.plugins, tasks = plugins, plugins.tasks
         self.tasks = {name: task for name, task in tasks.items() if task.config.ratio}
-        self.modalities, self.prior = on_meta(config, trust_remote_code)
+        self.modalities, self.prior = on_meta(config, plugins)
         self.counts = counts_of(self.modalities, self.prior)
-        references = self._references(trust_remote_code)
+        references = self._references()
         imagine(*self.modalities.values(), self.prior, *references.values())
         layouts = {name: task.layout for name, task in tasks.items()}
         self.objective = JointObjective(
@@ -104,11 +104,11 @@ class Draft:
             for name, task in self.tasks.items()
         }
 
-    def _references(self, trust_remote_code: bool) -> dict[str, Modality]:
+    def _references(self) -> dict[str, Modality]:
         """The encoders that ``loss.ref`` holds the learning ones to."""
         if not (self.stage.loss.ref and self.stage.optimizer.vae_lr_ratio):
             return {}
-        copies, _ = on_meta(self.config, trust_remote_code)
+        copies, _ = on_meta(self.config, self.plugins)
         return {name: modality for name, modality in copies.items() if not modality.frozen}
 
     def plan(self) -> Plan:
