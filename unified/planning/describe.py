@@ -18,6 +18,7 @@ from unified.latents.modality import Modality
 from unified.model.prior import Prior
 from unified.sequence.layout import Layout
 from unified.sequence.visibility import draw
+from unified.tables import table
 
 
 def task_layout(name: str, block: int, trust_remote_code: bool = False) -> Layout:
@@ -122,5 +123,4 @@ def show_model(counts: dict[str, Counts], as_json: bool = False) -> str:
         rows += [(f"  {part}", count) for part, count in c.parts.items()]
         rows += [("  of which embedding", c.embedding)] if c.embedding else []
     rows.append(("total", sum(c.total for c in counts.values())))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {count:>18,}" for name, count in rows)
+    return table((name, f"{count:,}") for name, count in rows)
