@@ -31,10 +31,10 @@ from unified.data.streams import Prepared
 from unified.model import attention
 from unified.model.prior import Prior
 from unified.planning.draft import Draft
+from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPU
 from unified.planning.imagined import recompute
 from unified.planning.memory import imagined_step, per_device
-from unified.planning.plan import Request
 from unified.training.ema import EMA
 from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
@@ -80,7 +80,7 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
     """Predicted and measured bytes of one size, in this process."""
     config = configuration(size, learning)
     stage = config.stages[0]
-    cpu = Request(GPU("cpu", {"fp32": 1.0}, 1.0))
+    cpu = PlanRequest(GPU("cpu", {"fp32": 1.0}, 1.0))
     draft = Draft(config, stage, cpu, "fp32", resolve_plugins(config))
     examples = [
         Prepared(e.stream, e.key, slot, e.observations)

@@ -27,8 +27,8 @@ from unified.generation.items import Inference, Wish
 from unified.latents.modality import Choice
 from unified.latents.weights import read_weights
 from unified.modalities.text.decoding import choose, penalise, probabilities
-from unified.modalities.text.layers import KVCache as TextCache
 from unified.modalities.text.modality import TextConfig, TextModality
+from unified.modalities.text.transformer import TextKVCache
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
@@ -80,7 +80,7 @@ def test_decoder() -> None:
         decoder, lengths = golden.vae(block_size=block).decoder, file["lens"]
         logits = decoder(pad(file["z"], lengths), lengths_B=lengths)
         close(unpad(logits, lengths), file[f"logits.block{block}"], SINGLE)
-    decoder, lengths, cache = golden.vae().decoder, file["cached.prefix_lens"], TextCache()
+    decoder, lengths, cache = golden.vae().decoder, file["cached.prefix_lens"], TextKVCache()
     logits = decoder(pad(file["cached.prefix_z"], lengths), cache, lengths)
     close(unpad(logits, lengths), file["cached.prefix_logits"], SINGLE)
     for block in ("cached.block1", "cached.block2"):

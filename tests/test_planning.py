@@ -26,10 +26,10 @@ from unified.modalities.text.modality import TextConfig
 from unified.model.prior import Prior
 from unified.planning import flops, imagined
 from unified.planning.draft import Draft, make_plan
-from unified.planning.examples import Sizes, positions, typical
+from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPUS, find_gpu
 from unified.planning.memory import imagined_step
-from unified.planning.plan import Request
+from unified.planning.typical import Sizes, positions, typical
 from unified.randomness import generator
 from unified.sequence.layout import Layout, Segment
 from unified.sequence.packing import PackedBatch, Sample, pack
@@ -194,7 +194,9 @@ def test_the_ledger_knows_what_is_alive_and_the_most_there_was():
 
 def draft(**changes: Any) -> Draft:
     config = tiny.config(**changes)
-    return Draft(config, config.stages[-1], Request(GPUS["h100"]), "fp32", resolve_plugins(config))
+    return Draft(
+        config, config.stages[-1], PlanRequest(GPUS["h100"]), "fp32", resolve_plugins(config)
+    )
 
 
 def test_checkpointing_keeps_a_block_s_input_and_no_more():
@@ -289,7 +291,7 @@ def test_the_command_prints_what_its_json_says(own, capsys):
 
 
 def test_a_step_is_its_batch_of_average_examples():
-    plan = make_plan(tiny.config(), Request(GPUS["h100"]))
+    plan = make_plan(tiny.config(), PlanRequest(GPUS["h100"]))
     shares = [e.share for e in plan.examples.values()]
     assert math.isclose(sum(shares), 1)
     mean = sum(e.share * e.flops for e in plan.examples.values())
@@ -302,7 +304,7 @@ def test_a_step_is_its_batch_of_average_examples():
 def test_autoencoders_that_learn_cost_more_of_everything():
     def of(**changes: Any) -> Any:
         tasks, stages = {"captioning": tiny.TASKS["captioning"]}, [tiny.joint(**changes)]
-        return make_plan(tiny.config(tasks=tasks, stages=stages), Request(GPUS["h100"]))
+        return make_plan(tiny.config(tasks=tasks, stages=stages), PlanRequest(GPUS["h100"]))
 
     frozen, learning = of(), of(optimizer={"vae_lr_ratio": 1.0})
     anchored = of(optimizer={"vae_lr_ratio": 1.0}, loss={"ref": 0.1})
@@ -315,7 +317,7 @@ def test_autoencoders_that_learn_cost_more_of_everything():
 
 
 def test_sharding_divides_what_learns():
-    plan = make_plan(tiny.config(), Request(GPUS["h100"], gpus=6))
+    plan = make_plan(tiny.config(), PlanRequest(GPUS["h100"], gpus=6))
     whole, part = plan.memory[False, False], plan.memory[True, False]
     assert part.optimizer == 2 * part.gradients
     assert 0 <= 6 * part.gradients - whole.gradients < 6 * 4

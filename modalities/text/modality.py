@@ -25,8 +25,8 @@ from unified.errors import validated
 from unified.latents.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
 from unified.latents.weights import load_weights, save_weights
 from unified.modalities.text.decoding import TextDecoding
-from unified.modalities.text.layers import KVCache
 from unified.modalities.text.tokenizer import Tokenizer
+from unified.modalities.text.transformer import TextKVCache
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.model.layers import wide
@@ -236,7 +236,7 @@ class TextModality(Modality):
             for mean_LC, logvar_LC, grid in zip(mean_BLC, logvar_BLC, grids, strict=True)
         ]
 
-    def logits(self, latents: Sequence[Latent], cache: KVCache | None = None) -> Tensor:
+    def logits(self, latents: Sequence[Latent], cache: TextKVCache | None = None) -> Tensor:
         """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest; with a
         `cache`, they continue the latents that it holds."""
         lengths_B = torch.tensor([len(z.values) for z in latents])

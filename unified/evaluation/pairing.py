@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from unified.evaluation.flow_loss import Encoded, TargetLoss
-from unified.evaluation.statistics import Interval, bootstrap
+from unified.evaluation.statistics import ConfidenceInterval, bootstrap
 from unified.latents.modality import Latent
 from unified.randomness import generator
 
@@ -47,7 +47,7 @@ def repaired(
     ]
 
 
-def condition_matters(own: TargetLoss, other: TargetLoss) -> Interval:
+def condition_matters(own: TargetLoss, other: TargetLoss) -> ConfidenceInterval:
     """Mean of (loss with another's condition) - (loss with the own one), with its interval.
 
     Above 0 the condition helps. Both losses must come from the same seed. An example's draws are

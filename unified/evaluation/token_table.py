@@ -134,7 +134,7 @@ COLUMNS = (
 
 def as_table(rows: Sequence[TokenRow]) -> str:
     """The rows as the paper prints them."""
-    cells = [COLUMNS]
+    cells: list[Sequence[str]] = [COLUMNS]
     for r in rows:
         terms = (f"{r.posterior:.2f}", f"{r.prior:.2f}", f"{r.decoder:.3g}", f"{r.perplexity:.4g}")
         judged = ("-" if j is None else f"{j:.3g}" for j in (r.judged_generated, r.judged_token))

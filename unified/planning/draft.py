@@ -16,18 +16,18 @@ from unified.data.streams import Prepared
 from unified.errors import did_you_mean
 from unified.latents.modality import Modality
 from unified.planning.describe import counts_of, on_meta
-from unified.planning.examples import positions, typical
+from unified.planning.figures import ExampleCost, Plan, PlanRequest
 from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
 from unified.planning.memory import Memory, forward_only, imagined_step, per_device
-from unified.planning.plan import Example, Plan, Request
+from unified.planning.typical import positions, typical
 from unified.training.loop import planned_steps
 from unified.training.objectives.joint import JointObjective
 
 
 def make_plan(
     config: Config,
-    request: Request,
+    request: PlanRequest,
     stage: str | None = None,
     source: str = "",
     trust_remote_code: bool = False,
@@ -84,7 +84,7 @@ class Draft:
         self,
         config: Config,
         stage: StageConfig,
-        request: Request,
+        request: PlanRequest,
         precision: str,
         plugins: Plugins,
     ):
@@ -133,7 +133,7 @@ class Draft:
         total = sum(task.config.ratio for task in self.tasks.values())
         return {name: task.config.ratio / total for name, task in self.tasks.items()}
 
-    def example(self, name: str) -> Example:
+    def example(self, name: str) -> ExampleCost:
         task, grids = self.tasks[name], self.grids[name]
         channels = self.prior.channels
         prior = layout_flops(self.config.prior, channels, task.layout, grids)
@@ -141,7 +141,7 @@ class Draft:
         for segment in task.layout.filled:
             whole, learned = self.autoencoders[segment.modality, grids[segment.kind]]
             forward, backward = forward + whole, backward + (TRAINING - 1) * learned
-        return Example(
+        return ExampleCost(
             self.shares[name],
             grids,
             positions(task, grids),

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from unified.planning.describe import counts_tree, show_model
-from unified.planning.examples import CHARACTERS, Grids
-from unified.planning.plan import Example, Plan
+from unified.planning.figures import ExampleCost, Plan
+from unified.planning.typical import CHARACTERS, Grids
 from unified.tables import duration, table
 
 GB, TERA, EXA = 1e9, 1e12, 1e18
@@ -53,7 +53,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _example(example: Example) -> dict[str, Any]:
+def _example(example: ExampleCost) -> dict[str, Any]:
     told = asdict(example) | {"flops": example.flops}
     return told | {"grids": {kind: list(grid) for kind, grid in example.grids.items()}}
 

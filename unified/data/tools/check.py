@@ -35,7 +35,7 @@ Judge = Callable[[RawExample], tuple[list[str], list[str]]]
 
 
 @dataclass(frozen=True)
-class Bad:
+class Finding:
     """A finding: the shard, the key of the example (empty: the shard as a whole), the reason."""
 
     shard: str
@@ -59,7 +59,7 @@ class Tally:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     #: task or stage -> examples that it can use
     usable: Counter[str] = field(default_factory=Counter)
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[Finding] = field(default_factory=list)
     #: key -> the first shard that has it
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -76,7 +76,7 @@ class Tally:
             again[shard, self.keys.setdefault(key, shard)] += 1
         for (shard, first), count in again.items():
             if first != shard:
-                self.bad.append(Bad(shard, "", f"{count:,} of its keys are also in {first}"))
+                self.bad.append(Finding(shard, "", f"{count:,} of its keys are also in {first}"))
 
     def note(self, item: Any) -> None:
         """Count a member that was read."""
@@ -88,7 +88,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What was found in one split of one source, and which uses were asked about."""
 
     source: str
@@ -99,7 +99,7 @@ class Report:
 
 def check_config(
     config: Config, trust_remote_code: bool = False, workers: int | None = None
-) -> list[Report]:
+) -> list[SourceReport]:
     """A report on every split of every source, with what the tasks and stages need of it.
 
     ValueError for a configuration whose parts do not fit.
@@ -113,7 +113,7 @@ def check_config(
     return _check(named, _Asked(config, plugins), workers)
 
 
-def check_shards(urls: Sequence[str], workers: int | None = None) -> list[Report]:
+def check_shards(urls: Sequence[str], workers: int | None = None) -> list[SourceReport]:
     """One report on these shards. Of images only the headers are read."""
     return _check({("shards", ""): urls}, _Asked(), workers)
 
@@ -129,9 +129,9 @@ def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> 
         if not tally.examples[url]:
             raise ValueError("it has no examples")
     except FileNotFoundError as error:
-        tally.bad.append(Bad(url, "", f"there is no file {error.filename}"))
+        tally.bad.append(Finding(url, "", f"there is no file {error.filename}"))
     except (tarfile.TarError, ValueError, OSError) as error:
-        tally.bad.append(Bad(url, "", f"damaged, cut short or no plain tar: {one_line(error)}"))
+        tally.bad.append(Finding(url, "", f"damaged, cut short or no plain tar: {one_line(error)}"))
     return tally
 
 
@@ -156,7 +156,7 @@ def _examine(
     tally.keys.setdefault(key, url)
     tally.members.update(ending for ending, _ in found)
     tally.examples[url] += 1
-    tally.bad += [Bad(url, key, reason) for reason in reasons]
+    tally.bad += [Finding(url, key, reason) for reason in reasons]
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -216,14 +216,14 @@ class _Asked:
 
 def _check(
     named: Mapping[tuple[str, str], Iterable[str]], asked: _Asked, workers: int | None
-) -> list[Report]:
+) -> list[SourceReport]:
     """A report for each (source, split)."""
     from webdataset.shardlists import expand_urls
 
     places = [(at, url) for at, urls in named.items() for u in urls for url in expand_urls(u)]
     jobs = [(source, url) for (source, _), url in places]
     uses = {source: tuple(need.uses) for source, need in asked.needs.items()}
-    reports = {at: Report(*at, Tally(), uses.get(at[0], ())) for at in named}
+    reports = {at: SourceReport(*at, Tally(), uses.get(at[0], ())) for at in named}
     found = _tallies(asked, jobs, workers or os.cpu_count() or 1)
     for (at, _), tally in zip(places, found, strict=True):
         reports[at].found.add(tally)
