@@ -62,8 +62,7 @@ def test_one_set_of_solvers_takes_the_steps_of_the_textbook():
 
     steps = to_data(6, z0, shift=3.0)
     euler, heun, ab2, before = z0, z0, z0, None
-    for t, t_next in steps:
-        h = t_next - t
+    for t, t_next, h in steps:
         euler = euler + h * field(euler, t)
         first = field(heun, t)
         heun = heun + h * 0.5 * (first + field(heun + h * first, t_next))
@@ -73,7 +72,7 @@ def test_one_set_of_solvers_takes_the_steps_of_the_textbook():
     asked.clear()
     for solver, wanted in {"euler": euler, "heun": heun, "ab2": ab2}.items():
         assert torch.equal(integrate(field, z0, steps, solver), wanted)
-    times = {float(t) for step in steps for t in step}
+    times = {float(t) for step in steps for t in step[:2]}
     assert {float(t) for t in asked} <= times
 
 

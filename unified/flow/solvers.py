@@ -13,15 +13,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Field = Callable[[Tensor, Tensor], Tensor]
-#: the timesteps that a step leads from and to
-Step = tuple[Tensor, Tensor]
 #: (number of the step, z) -> what the step is to begin from
 Prepare = Callable[[int, Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """The timesteps that a step leads from and to, and its length before any rounding."""
+
+    t: Tensor
+    t_next: Tensor
+    h: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,9 @@ def integrate(
     """
     method, before = named(solver), None
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    for number, (t, t_next) in enumerate(steps):
+    for number, (t, t_next, h) in enumerate(steps):
         z = z if prepare is None else prepare(number, z)
-        h, k = t_next - t, list[Tensor]()
+        k: list[Tensor] = []
         for c, row in zip(method.c, method.a, strict=True):
             # the ends are the schedule's own, without rounding: networks look them up
             at = t if c == 0 else t_next if c == 1 else t + c * h
@@ -128,13 +135,14 @@ def schedule(num_steps: int, like: Tensor, shift: float = 1.0) -> Tensor:
 
 def to_data(num_steps: int, like: Tensor, shift: float = 1.0) -> list[Step]:
     """The steps of `schedule`, from noise to data."""
-    return list(pairwise(schedule(num_steps, like, shift)))
+    pairs = pairwise(schedule(num_steps, like, shift))
+    return [Step(t, t_next, t_next - t) for t, t_next in pairs]
 
 
 def to_noise(num_steps: int, like: Tensor) -> list[Step]:
     """Equal steps from data (t = 0) to noise (t = 1), in the dtype of `like`."""
     h = like.new_tensor(1 / num_steps)
-    return list(pairwise([i * h for i in range(num_steps + 1)]))
+    return [Step(t, t_next, h) for t, t_next in pairwise([i * h for i in range(num_steps + 1)])]
 
 
 class Adaptive:
@@ -149,7 +157,7 @@ class Adaptive:
     def __iter__(self) -> Iterator[Step]:
         while float(self.t) < 1:
             self.h = torch.minimum(self.h, 1 - self.t)
-            yield self.t, self.t + self.h
+            yield Step(self.t, self.t + self.h, self.h)
 
     def judged(self, z_GD: Tensor, proposed_GD: Tensor, error_GD: Tensor) -> Tensor:
         """Where the step leads: to what was proposed, or nowhere if the error is too large."""
@@ -199,7 +207,7 @@ def repaint(
     visits = [s for i, s in enumerate(steps) for _ in range(times if i < guided else 1)]
 
     def prepare(number: int, z: Tensor) -> Tensor:
-        t, t_next = visits[number]
+        t, t_next, _ = visits[number]
         if number >= guided * times:
             return z
         if number % times:
