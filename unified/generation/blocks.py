@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ from torch import Tensor
 from unified.config.schema import GenerationConfig
 from unified.flow.solvers import Field, integrate, repaint, to_data
 from unified.generation.guidance import GuidedVelocity, Settling, timesteps
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
-from unified.randomness import generator
+from unified.randomness import noise
 from unified.sequence.layout import Layout, Segment, place
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import PackedBatch, Sample, latents_of, pack
 from unified.sequence.visibility import UNCONDITIONAL, Visibility, closure
 
 
@@ -205,12 +206,12 @@ class Session:
 
     def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:
         """Fresh noise for all blocks, again and again; each request draws its own."""
-        seeds = [
-            generator(s.seed, self.task, self.target.kind, "repaint", s.position) for s in starts
-        ]
-        while True:
+        for again in count():
             drawn = [
-                torch.randn(s.noise.shape, generator=g) for s, g in zip(starts, seeds, strict=True)
+                noise(
+                    s.noise.shape, s.seed, self.task, self.target.kind, "repaint", s.position, again
+                )
+                for s in starts
             ]
             yield torch.cat(drawn).to(self.device, self.dtype)
 
@@ -253,9 +254,9 @@ class Session:
         clock, position = self.origins[i]
         block = self.target.block
         grid = (block,) if block else request.grid
-        noise = self._noise(i, math.prod(grid)).to(self.device, self.dtype)
+        eps = self._noise(i, math.prod(grid)).to(self.device, self.dtype)
         clock += at // block if block else 0
-        return _Start(request.seed, grid, clock, position + at, noise, self.latents[i][at:])
+        return _Start(request.seed, grid, clock, position + at, eps, self.latents[i][at:])
 
     def _noise(self, i: int, length: int) -> Tensor:
         """Initial noise [length, C] of the next block of request `i`."""
@@ -263,9 +264,8 @@ class Session:
         if request.noise is not None:
             made = at - self.begun[i]
             return request.noise[made // (self.target.block or 1)]
-        seed = generator(request.seed, self.task, self.target.kind, at)
         channels = self.prior.channels[self.target.modality]
-        return torch.randn(length, channels, generator=seed)
+        return noise((length, channels), request.seed, self.task, self.target.kind, at)
 
     def _batch(
         self,
@@ -273,8 +273,8 @@ class Session:
         layout: Layout,
         values: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> PackedBatch:
-        axes = self.prior.config.axes
-        batch = pack(samples, {self.task: layout}, self.visibility, None, axes).to(self.device)
+        axes, layouts = self.prior.config.axes, {self.task: layout}
+        batch = pack(samples, layouts, self.visibility, None, axes).to(self.device)
         # One request a row: rows never meet, so a row needs no identity that could change when
         # another one is dropped.
         at = replace(batch.coordinates, sample=batch.coordinates.sample.clamp(max=0))
@@ -282,7 +282,7 @@ class Session:
         if values is None:
             return batch
         cast = [{k: v.to(self.device, self.dtype) for k, v in one.items()} for one in values]
-        return batch.with_latents(cast)
+        return batch.with_latents(latents_of(samples, layouts, cast))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def timesteps(prior: Prior, settings: GenerationConfig, like: Tensor) -> Timeste
     """All that the network will be asked about, 0 among them, for all blocks."""
     steps = schedule(settings.num_steps, like, settings.time_shift)
     rounded = round_timesteps(steps, settings.round_timesteps)
-    return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
+    return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like).unique())
 
 
 #: rows -> their two batches; see `GuidedVelocity`
@@ -157,8 +157,7 @@ class GuidedVelocity:
     ) -> tuple[Tensor, ...]:
         """Conditional velocity [N, C], and the unconditional one if `batch` has the copies, by one
         pass of the prior."""
-        latents = [{self.kind: part} for part in z_NC.split(self.lengths)]
-        batch = batch.with_latents(latents)
+        batch = batch.with_latents({self.modality: z_NC})
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
         rounded = round_timesteps(t, self.settings.round_timesteps).to(batch.time_RL)
         batch = replace(batch, time_RL=self._times(batch, rounded, copies))

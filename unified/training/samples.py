@@ -16,7 +16,8 @@ from torch import Tensor
 from unified.config.schema import GenerationConfig
 from unified.data.streams import Prepared
 from unified.generation.items import Inference, Wish
-from unified.latents.modality import Latent, Modality, posteriors_of
+from unified.latents.modality import Modality, decode, encode, modes
+from unified.latents.ragged import Latent
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
 from unified.sequence.layout import Layout
@@ -27,8 +28,8 @@ SAMPLES, PAIRS = 4, 8
 
 def reconstruct(modality: Modality, observations: Sequence[Tensor]) -> list[Any]:
     """The items that the autoencoder gives back."""
-    latents = [posterior.mode for posterior in modality.encode(observations)]
-    return [modality.realise(o) for o in modality.decode(latents)]
+    latents = modes(encode(modality, observations))
+    return [modality.realise(o) for o in decode(modality, latents)]
 
 
 def write_reconstructions(
@@ -65,7 +66,7 @@ def encoded(
 ) -> dict[str, Latent]:
     """Kind -> latent of an example."""
     return {
-        kind: posteriors_of(modalities[layout[kind].modality], [observation])[0].mode
+        kind: modes(encode(modalities[layout[kind].modality], [observation]))[0]
         for kind, observation in example.observations.items()
     }
 
