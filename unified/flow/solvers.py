@@ -23,7 +23,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 Prepare = Callable[[int, Tensor], Tensor]
 
 
-class Step(NamedTuple):
+class SolverStep(NamedTuple):
     """The timesteps that a step leads from and to, and its length before any rounding."""
 
     t: Tensor
@@ -83,7 +83,7 @@ def named(solver: str) -> Solver:
 def integrate(
     field: Field,
     z: Tensor,
-    steps: Iterable[Step],
+    steps: Iterable[SolverStep],
     solver: str = "euler",
     prepare: Prepare | None = None,
 ) -> Tensor:
@@ -133,16 +133,18 @@ def schedule(num_steps: int, like: Tensor, shift: float = 1.0) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def to_data(num_steps: int, like: Tensor, shift: float = 1.0) -> list[Step]:
+def to_data(num_steps: int, like: Tensor, shift: float = 1.0) -> list[SolverStep]:
     """The steps of `schedule`, from noise to data."""
     pairs = pairwise(schedule(num_steps, like, shift))
-    return [Step(t, t_next, t_next - t) for t, t_next in pairs]
+    return [SolverStep(t, t_next, t_next - t) for t, t_next in pairs]
 
 
-def to_noise(num_steps: int, like: Tensor) -> list[Step]:
+def to_noise(num_steps: int, like: Tensor) -> list[SolverStep]:
     """Equal steps from data (t = 0) to noise (t = 1), in the dtype of `like`."""
     h = like.new_tensor(1 / num_steps)
-    return [Step(t, t_next, h) for t, t_next in pairwise([i * h for i in range(num_steps + 1)])]
+    return [
+        SolverStep(t, t_next, h) for t, t_next in pairwise([i * h for i in range(num_steps + 1)])
+    ]
 
 
 class Adaptive:
@@ -154,10 +156,10 @@ class Adaptive:
         self.tolerance = tolerance
         self.t, self.h = like.new_tensor(0.0), like.new_tensor(0.05)
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[SolverStep]:
         while float(self.t) < 1:
             self.h = torch.minimum(self.h, 1 - self.t)
-            yield Step(self.t, self.t + self.h, self.h)
+            yield SolverStep(self.t, self.t + self.h, self.h)
 
     def judged(self, z_GD: Tensor, proposed_GD: Tensor, error_GD: Tensor) -> Tensor:
         """Where the step leads: to what was proposed, or nowhere if the error is too large."""
@@ -191,7 +193,7 @@ def repaint(
     known: Tensor,
     where: Tensor,
     noises: Iterator[Tensor],
-    steps: Sequence[Step],
+    steps: Sequence[SolverStep],
     solver: str,
     share: float,
     times: int,
