@@ -317,7 +317,7 @@ def test_wrong_critics_are_named_before_anything_is_trained(
     stage: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_plugins(settings(loss=stage), "own.yaml")
+        resolve_plugins(settings(loss=stage), source="own.yaml")
 
 
 @pytest.mark.parametrize("loss", [{"kl_warmup_steps": 3}, {"critics": {"adversarial": {}}}])
