@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import FlowConfig, LossConfig, StageConfig
 from unified.data.streams import Prepared
 from unified.flow.matching import FlowMatching
@@ -51,7 +52,9 @@ def joint(
     pipeline = tiny.pipeline(settings)
     for module in pipeline.modules.values():
         module.double()
-    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    objective = Materials(
+        settings, settings.stages[0], pipeline, Sources(settings), resolve_plugins(settings)
+    ).objective()
     assert isinstance(objective, JointObjective)
     return objective.double(), pipeline
 
@@ -59,7 +62,9 @@ def joint(
 def autoencoder(modality: str, **stage: Any) -> AutoencoderObjective:
     settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)])
     pipeline = tiny.pipeline(settings)
-    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    objective = Materials(
+        settings, settings.stages[0], pipeline, Sources(settings), resolve_plugins(settings)
+    ).objective()
     assert isinstance(objective, AutoencoderObjective)
     return objective.double()
 
@@ -499,7 +504,11 @@ def test_an_autoencoder_stage_reads_its_modality_from_its_sources(tmp_path: Any)
     def batch(modality: str, **stage: Any) -> list[Prepared]:
         settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)], data=data)
         stage_, pipeline = settings.stages[0], tiny.pipeline()
-        return Materials(settings, stage_, pipeline, Sources(settings)).mixture(40, "x").batch(0)
+        return (
+            Materials(settings, stage_, pipeline, Sources(settings), resolve_plugins(settings))
+            .mixture(40, "x")
+            .batch(0)
+        )
 
     assert {e.observations["X"].ndim for e in batch("image")} == {3}
     lengths = {len(e.observations["X"]) for e in batch("text")}

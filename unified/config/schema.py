@@ -306,6 +306,11 @@ class GenerationConfig(Part):
     #: the batch have ended, nothing cut off
     official: bool = False
 
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs an unconditional pass."""
+        return self.guidance_scale != 1
+
     @model_validator(mode="after")
     def _interval(self) -> GenerationConfig:
         low, high = self.guidance_interval
