@@ -44,7 +44,8 @@ SIZES: dict[str, list[str]] = {
     "full": [
         "modalities.text.vocab_size=4096", "modalities.text.dim=256",
         "modalities.text.ffn_dim=1024", "modalities.text.num_heads=4",
-        "modalities.text.encoder_num_blocks=2", "modalities.text.decoder_num_blocks=2", "modalities.image.max_size=128",
+        "modalities.text.encoder_num_blocks=2", "modalities.text.decoder_num_blocks=2",
+        "modalities.image.max_size=128",
         "modalities.image.buckets=[128]",
         "modalities.image.network={block_out_channels: [128, 192, 256], pixel_patch: 4,"
         " layers_per_block: 1, norm_groups: 16, attention: false}",

@@ -77,7 +77,6 @@ def test_trust_is_asked_where_something_is_loaded_and_nowhere_else():
         "planning/describe.py",
         "planning/draft.py",
         "training/export.py",
-        "training/objectives/alignment.py",
         "training/run.py",
     }
     root = Path(unified.__file__).parent

@@ -167,7 +167,8 @@ class Packer:
     """Packs samples of some layouts into rows of `row_length` (None: a row for each sample).
 
     Rows are cut to the longest one used; with `pad_rows` they are not, and there are a multiple of
-    so many, the last ones empty. For `training`, clean blocks that no loss depends on are left out (`needed`).
+    so many, the last ones empty. For `training`, clean blocks that no loss depends on are left out
+    (`needed`).
     """
 
     def __init__(
@@ -414,9 +415,7 @@ def _arrange(
     return [i * width for i in range(len(lengths))], len(lengths), width
 
 
-def _best_fit(
-    lengths: Sequence[int], row_length: int
-) -> tuple[list[tuple[int, int]], list[int]]:
+def _best_fit(lengths: Sequence[int], row_length: int) -> tuple[list[tuple[int, int]], list[int]]:
     """(row of each sample and its start there, positions used of each row): the longest sample
     first, each into the fullest row that has room for it (of equally full ones, the first)."""
     free: list[tuple[int, int]] = []  # (room, row), sorted

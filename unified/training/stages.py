@@ -275,8 +275,8 @@ def _alignment(
         return None
     torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
     modality = pipeline.modalities[stage.alignment.modality]
-    trusted = stage.name in plugins.encoders  # which resolved it, and asked
-    return Alignment.build(stage.alignment, modality, config.prior.width, trusted)
+    make = plugins.encoders[stage.name]
+    return Alignment.build(stage.alignment, modality, config.prior.width, make)
 
 
 OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, Plugins], Objective]] = {
