@@ -32,6 +32,7 @@ import torch
 from accelerate import Accelerator
 
 from unified.config.loading import load_config
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config
 from unified.latents.tensors import tensors_of
 from unified.model.precision import current_device, resolve
@@ -113,7 +114,8 @@ def measure(config: Config, seconds: float, precision: str) -> list[dict[str, An
     """A row for every stage, each of which may take about so many `seconds`."""
     sources = Sources(config)
     torch.manual_seed(0)
-    corpora = {name: sources.corpus(name) for name in config.modalities}
+    plugins = resolve_plugins(config)
+    corpora = {name: sources.corpus(name, plugins) for name in config.modalities}
     pipeline = UnifiedPipeline.build(config, corpora)
     rows = []
     for stage in config.stages:
@@ -123,7 +125,7 @@ def measure(config: Config, seconds: float, precision: str) -> list[dict[str, An
         )
         if accelerator.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats()
-        materials = Materials(config, stage, pipeline.to(accelerator.device), sources)
+        materials = Materials(config, stage, pipeline.to(accelerator.device), sources, plugins)
         with tempfile.TemporaryDirectory() as folder:
             steps = Steps(materials, accelerator, folder)
             steps.take(WARMUP)

@@ -167,11 +167,11 @@ class Host:
 
         return load_config("quickstart.yaml", list(overrides))
 
-    def pipeline(self, config: Any, sources: Any) -> Any:
-        from unified.pipeline import UnifiedPipeline
+    def plugins(self, config: Any) -> tuple[Any, ...]:
+        """What sources and materials are told of the plugins."""
+        from unified.config.plugins import resolve_plugins
 
-        corpora = {name: sources.corpus(name) for name in config.modalities}
-        return UnifiedPipeline.build(config, corpora)
+        return (resolve_plugins(config),)
 
     def mixture(self, materials: Any, stage: Any, objective: Any) -> Any:
         return materials.mixture(stage.batch_size, stage.name, collate=objective.collate)
@@ -206,6 +206,7 @@ def measure(host: Host, steps: int, warmup: int) -> list[dict[str, float | str]]
     import torch
     from accelerate import Accelerator
 
+    from unified.pipeline import UnifiedPipeline
     from unified.training.stages import Materials, Sources
 
     torch.set_num_threads(1)
@@ -213,7 +214,9 @@ def measure(host: Host, steps: int, warmup: int) -> list[dict[str, float | str]]
     config = host.load_config("data.workers=0", "training.precision=fp32", *batches)
     sources = Sources(config)
     torch.manual_seed(0)
-    pipeline = host.pipeline(config, sources)
+    plugins = host.plugins(config)
+    corpora = {name: sources.corpus(name, *plugins) for name in config.modalities}
+    pipeline = UnifiedPipeline.build(config, corpora)
     clock, rows = Clock(), []
     groups = {"noise": host.noise, "items": host.arithmetic, "decode": host.decoding}
     timers = {
@@ -223,7 +226,7 @@ def measure(host: Host, steps: int, warmup: int) -> list[dict[str, float | str]]
     }
     with patched(stand_ins(host.networks)), patched(timers):
         for stage in config.stages:
-            materials = Materials(config, stage, pipeline, sources)
+            materials = Materials(config, stage, pipeline, sources, *plugins)
             rows.append(_stage(host, materials, Accelerator(cpu=True), clock, steps, warmup))
     return rows
 

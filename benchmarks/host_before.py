@@ -19,6 +19,9 @@ class Before(Host):
 
         return load_config("quickstart.yaml", list(overrides))
 
+    def plugins(self, config: Any) -> tuple[Any, ...]:
+        return ()
+
     def mixture(self, materials: Any, stage: Any, objective: Any) -> Any:
         del objective
         return materials.mixture(stage.batch_size, stage.name)
