@@ -41,7 +41,7 @@ def losses(config_name: str, overrides: list[str], steps: int) -> Iterator[float
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield float(loss)
+        yield loss.item()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 import tiny
 import yaml
 
@@ -29,6 +31,19 @@ def test_a_loop_of_ones_own_learns(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(tiny.tree(tmp_path, shard, stages=stages)))
     found = list(load("train_loop").losses(str(file), [], 60))
     assert sum(found[-10:]) < 0.93 * sum(found[:10])
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its cells, one after the other, on a model that has learned nothing."""
+    tiny.pipeline().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("UNIFIED_CHECKPOINT", str(tmp_path / "model"))
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text("utf-8"))
+    shared: dict[str, object] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), shared)
+    assert shared["image"] is not None
 
 
 def test_generation_by_definition_is_what_the_pipeline_gives() -> None:
