@@ -88,10 +88,10 @@ class Steps:
         training, and waits at the end."""
         ends = []
         for _ in range(count):
-            work = self.loop._prepare(self.number)
+            work = self.loop.prepare(self.number)
             self.tensors = sum(len(tensors_of(part)) for part in work.parts)
             self.loop.coming.append(self.loop.step(self.number, work))
-            self.loop._settle(1)
+            self.loop.settle(1)
             self.number += 1
             ends.append(time.perf_counter())
         machine.wait()

@@ -28,7 +28,7 @@ import machine
 from unified import cli
 from unified.config.loading import load_config, save_config
 from unified.config.schema import Config
-from unified.flow import matching
+from unified.flow.matching import FlowMatching
 from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
 
@@ -101,7 +101,7 @@ def generating(config: Config) -> list[str]:
 def training(config: Config, folder: Path) -> list[str]:
     """The frames from the command line to the loss."""
     save_config(config, folder / "tiny.yaml")
-    with deepest(matching, "flow_errors") as frames:
+    with deepest(FlowMatching, "loss") as frames:
         try:
             cli.main(["train", str(folder / "tiny.yaml")])
         except SystemExit as end:  # the command line says so also when all is well

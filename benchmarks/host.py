@@ -270,10 +270,11 @@ def _steps(loop: Any, clock: Clock, steps: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"main": [], "noise": [], "items": []}
     called = [0.0]
     loop.optimizer.step = lambda *a, **k: called.__setitem__(0, time.thread_time())
+    prepare = getattr(loop, "prepare", None) or loop._prepare  # as an earlier version calls it
     for step in range(steps):
         clock.take()
         start = time.thread_time()
-        loop.step(step, loop._prepare(step))
+        loop.step(step, prepare(step))
         apart = clock.take()
         for name in ("noise", "items"):
             found[name].append(apart.get(name, 0.0))

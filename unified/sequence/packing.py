@@ -202,45 +202,17 @@ class Packer:
         templates = [self._template(s.shape) for s in samples]
         lengths = [len(t.columns) for t in templates]
         starts, rows, width = _arrange(lengths, self.row_length, self.pad_rows)
-        flat_PK = _joined([t.columns for t in templates], COLUMNS + self.axes)
-        sample_P = np.repeat(np.arange(len(samples)), lengths)
-        at_P = np.arange(len(flat_PK)) + np.repeat(np.array(starts) - _begins(lengths), lengths)
-        slot_P = np.array(range(len(samples)) if slots is None else slots, np.int64)[sample_P]
-        tables = self.visibility.table_index
-        table_P = np.array([tables[s.task] for s in samples], np.int64)[sample_P]
-        counts = [t.groups for t in templates]
-        group_P = np.where(flat_PK[:, GROUP] > 0, flat_PK[:, GROUP] + _begins(counts)[sample_P], 0)
-
-        def lay(flat_P: np.ndarray, blank: int = 0) -> Tensor:
-            laid = np.full((rows * width, *flat_P.shape[1:]), blank, np.int64)
-            laid[at_P] = flat_P
-            return torch.from_numpy(laid.reshape(rows, width, *flat_P.shape[1:]))
-
-        coordinates = Coordinates(
-            sample=lay(sample_P, -1),
-            table=lay(table_P),
-            kind=lay(flat_PK[:, KIND]),
-            block=lay(flat_PK[:, BLOCK]),
-        )
-        where, take, noisy = {}, {}, {}
-        item_P = SEGMENTS * slot_P + flat_PK[:, SEGMENT]
-        latent_P = self._latents(samples, templates, order)[sample_P, flat_PK[:, ITEM]]
-        latent_P = latent_P + flat_PK[:, AT]
-        for number, m in enumerate(self.names):
-            mine = np.flatnonzero(flat_PK[:, MODALITY] == number)
-            if not len(mine):
-                continue
-            where[m], take[m] = torch.from_numpy(at_P[mine]), torch.from_numpy(latent_P[mine])
-            some = np.flatnonzero(group_P[mine])
-            of = mine[some]
-            columns = (some, item_P[of], flat_PK[of, AT], group_P[of], flat_PK[of, WITHIN])
-            noisy[m] = torch.from_numpy(np.stack(columns).astype(np.int64))
-        group_RL = lay(group_P)
-        groups, chances = self._groups(samples, flat_PK, item_P, group_P, sample_P)
-        open_ = self.training and len(samples) == rows and set(lengths) == {width}
+        laid = _Laid.of_templates(templates, starts, (rows, width), COLUMNS + self.axes)
+        slots = range(len(samples)) if slots is None else slots
+        item_P = SEGMENTS * np.array(slots, np.int64)[laid.sample_P] + laid.of(SEGMENT)
+        latent_P = self._latents(samples, templates, order)[laid.sample_P, laid.of(ITEM)]
+        where, take, noisy = self._by_modality(laid, item_P, latent_P + laid.of(AT))
+        groups, chances = self._groups(samples, laid, item_P)
+        group_RL = laid.rows(laid.group_P)
+        whole = self.training and len(samples) == rows and set(lengths) == {width}
         return PackedBatch(
-            coordinates=coordinates,
-            pos_RLA=lay(flat_PK[:, COLUMNS:]),
+            coordinates=self._coordinates(samples, laid),
+            pos_RLA=laid.rows(laid.flat_PK[:, COLUMNS:]),
             time_RL=torch.zeros(rows, width),
             where=where,
             take=take,
@@ -249,27 +221,50 @@ class Packer:
             chances=chances,
             group_RL=group_RL,
             step_RL=group_RL,
-            open=open_ and all(t.open for t in templates),
+            open=whole and all(t.open for t in templates),
             alone=_alone(where, rows * width),
         )
 
+    def _coordinates(self, samples: Sequence[Sample], laid: _Laid) -> Coordinates:
+        tables = self.visibility.table_index
+        table_P = np.array([tables[s.task] for s in samples], np.int64)[laid.sample_P]
+        return Coordinates(
+            sample=laid.rows(laid.sample_P, -1),
+            table=laid.rows(table_P),
+            kind=laid.rows(laid.of(KIND)),
+            block=laid.rows(laid.of(BLOCK)),
+        )
+
+    def _by_modality(
+        self, laid: _Laid, item_P: np.ndarray, latent_P: np.ndarray
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """`where`, `take` and `noisy` of a batch."""
+        where, take, noisy = {}, {}, {}
+        for number, m in enumerate(self.names):
+            mine = np.flatnonzero(laid.of(MODALITY) == number)
+            if not len(mine):
+                continue
+            where[m], take[m] = torch.from_numpy(laid.at_P[mine]), torch.from_numpy(latent_P[mine])
+            some = np.flatnonzero(laid.group_P[mine])
+            those = mine[some]
+            place, within = laid.of(AT)[those], laid.of(WITHIN)[those]
+            columns = np.stack((some, item_P[those], place, laid.group_P[those], within))
+            noisy[m] = torch.from_numpy(columns.astype(np.int64))
+        return where, take, noisy
+
     def _groups(
-        self,
-        samples: Sequence[Sample],
-        flat_PK: np.ndarray,
-        item_P: np.ndarray,
-        group_P: np.ndarray,
-        sample_P: np.ndarray,
+        self, samples: Sequence[Sample], laid: _Laid, item_P: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """`groups` and `chances` of a batch: of the first position of each group, since all of a
         group have the same."""
-        begins = np.flatnonzero((group_P > 0) & (flat_PK[:, WITHIN] == 0))
+        group_P = laid.group_P
+        begins = np.flatnonzero((group_P > 0) & (laid.of(WITHIN) == 0))
         begins = begins[np.argsort(group_P[begins], kind="stable")]
         size_G = np.bincount(group_P, minlength=len(begins) + 1)[1:]
-        first = flat_PK[begins]
+        first = laid.flat_PK[begins]
         kinds = (first[:, MODALITY], first[:, BLOCKWISE])
         columns = (item_P[begins], first[:, NUMBER], size_G, *kinds)
-        rules = [self._rules[samples[i].task] for i in sample_P[begins]]
+        rules = [self._rules[samples[i].task] for i in laid.sample_P[begins]]
         told = zip(rules, first[:, SEGMENT], strict=True)
         pairs = [(rate, weights[s]) for (rate, weights), s in told]
         chances = np.array(pairs, np.float32).reshape(len(begins), 2).T
@@ -354,6 +349,46 @@ class _Template(NamedTuple):
     items: list[tuple[str, str, int]]
     groups: int
     open: bool
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """The positions [P] of all samples, one sample after the other: their columns [P, K], the
+    sample each is of, its place among all R * L, and its noise group in the batch, from 1."""
+
+    flat_PK: np.ndarray
+    sample_P: np.ndarray
+    at_P: np.ndarray
+    group_P: np.ndarray
+    shape: tuple[int, int]
+
+    @classmethod
+    def of_templates(
+        cls,
+        templates: Sequence[_Template],
+        starts: Sequence[int],
+        shape: tuple[int, int],
+        columns: int,
+    ) -> _Laid:
+        """Templates whose samples begin at `starts` in the flattened rows."""
+        lengths = [len(t.columns) for t in templates]
+        flat_PK = _joined([t.columns for t in templates], columns)
+        sample_P = np.repeat(np.arange(len(templates)), lengths)
+        shift = np.array(starts, np.int64) - _begins(lengths)
+        groups = _begins([t.groups for t in templates])
+        group_P = np.where(flat_PK[:, GROUP] > 0, flat_PK[:, GROUP] + groups[sample_P], 0)
+        at_P = np.arange(len(flat_PK)) + np.repeat(shift, lengths)
+        return cls(flat_PK, sample_P, at_P, group_P, shape)
+
+    def of(self, column: int) -> np.ndarray:
+        """One column [P]."""
+        return self.flat_PK[:, column]
+
+    def rows(self, flat_P: np.ndarray, blank: int = 0) -> Tensor:
+        """Numbers [P, ...] in rows [R, L, ...]; `blank` where nothing stands."""
+        laid = np.full((self.shape[0] * self.shape[1], *flat_P.shape[1:]), blank, np.int64)
+        laid[self.at_P] = flat_P
+        return torch.from_numpy(laid.reshape(*self.shape, *flat_P.shape[1:]))
 
 
 def pack(

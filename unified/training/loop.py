@@ -23,7 +23,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,17 @@ from unified.training.parallel import (
 )
 from unified.training.saver import Saver
 from unified.training.stopping import on_sigterm
-from unified.training.work import Batches, Outcome, Tally, Work, add, on_device, over_all, total
+from unified.training.work import (
+    Batches,
+    Outcome,
+    Tally,
+    Work,
+    add,
+    on_device,
+    over_all,
+    stacked,
+    total,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,19 +119,36 @@ def planned_steps(stage: StageConfig, training: TrainingConfig) -> int:
 
 
 def train_stage(stage: Stage, accelerator: Accelerator) -> checkpoint.Progress:
-    """Run `stage` to its end, from its newest checkpoint if it has one.
+    """Run `stage` to its end, from its newest checkpoint if it has one: step; report, validate,
+    sample and save when due.
 
-    The objective's modules end with the averaged weights, where there is an EMA.
+    A SIGTERM lets the step finish, saves, and raises StoppedError. The objective's modules end with
+    the averaged weights, where there is an EMA.
     """
     loop = Loop(stage, accelerator)
+    progress = loop.trained.progress
+    loop.metrics.start(progress.step)
+    work = prefetch(loop.prepare, progress.step, stage.steps, stage.prefetch)
     try:
-        loop.run()
+        with contextlib.closing(work), on_sigterm(loop.ask_to_stop):
+            began = time.monotonic()
+            for prepared in work:
+                loop.speed.waited += time.monotonic() - began
+                loop.coming.append(loop.step(progress.step, prepared))
+                progress.step += 1
+                progress.data = prepared.data
+                values = loop.settle()
+                progress.seconds += time.monotonic() - began
+                loop.between(values)
+                began = time.monotonic()
+        if loop.trained.ema is not None:
+            loop.trained.ema.copy_to_parameters()
     finally:
         loop.saver.wait()
         loop.metrics.close()
         stage.data.close()
         accelerator.free_memory()
-    return loop.trained.progress
+    return progress
 
 
 class Loop:
@@ -194,30 +221,8 @@ class Loop:
                 )
         return trained
 
-    def run(self) -> None:
-        """Step to the end of the stage; report, validate, sample and save when due.
-
-        A SIGTERM lets the step finish, saves, and raises StoppedError.
-        """
-        stage, progress = self.stage, self.trained.progress
-        self.metrics.start(progress.step)
-        work = prefetch(self._prepare, progress.step, stage.steps, stage.prefetch)
-        with contextlib.closing(work), on_sigterm(self._ask_to_stop):
-            began = time.monotonic()
-            for prepared in work:
-                self.speed.waited += time.monotonic() - began
-                self.coming.append(self.step(progress.step, prepared))
-                progress.step += 1
-                progress.data = prepared.data
-                values = self._settle(self._ahead())
-                progress.seconds += time.monotonic() - began
-                self.metrics.advance()
-                self._between(values)
-                began = time.monotonic()
-        if self.trained.ema is not None:
-            self.trained.ema.copy_to_parameters()
-
-    def _ask_to_stop(self) -> None:
+    def ask_to_stop(self) -> None:
+        """Stop once the step that runs is done, and saved."""
         self.asked_to_stop = True
 
     def _ahead(self) -> int:
@@ -228,8 +233,9 @@ class Loop:
         waits = any(self._due(n) for n in (*every, training.save_every))
         return 0 if waits or (alone and self.asked_to_stop) else AHEAD
 
-    def _between(self, values: Mapping[str, float]) -> None:
+    def between(self, values: Mapping[str, float]) -> None:
         """What is due after a step."""
+        self.metrics.advance()
         training, step = self.stage.training, self.trained.progress.step
         if self._due(training.log_every):
             self._report(values)
@@ -237,7 +243,7 @@ class Loop:
         if self._due(training.sample_every):
             self._sample()
         if best or self.stop or self._due(training.save_every):
-            self._settle(0)
+            self.settle(0)
             self._save()
         if self.stop and step < self.stage.steps:
             self.saver.wait()
@@ -253,7 +259,7 @@ class Loop:
 
     # ---- one step ------------------------------------------------------------------------------
 
-    def _prepare(self, step: int) -> Work:
+    def prepare(self, step: int) -> Work:
         """This process's microbatches of a step, and what is counted in them. No network, and no
         device but to pin memory for it."""
         data = self.stage.data
@@ -267,51 +273,54 @@ class Loop:
         return Work(parts, counts, Tally(used, laid, bad, truncated), data.state_dict())
 
     def step(self, step: int, work: Work) -> Outcome:
-        """One optimizer step (from 0). Nothing in it waits for the device."""
-        stage, accelerator, settings = self.stage, self.accelerator, self.stage.config.optimizer
+        """One optimizer step (from 0). Nothing in it waits for the device.
+
+        Processes meet in the last microbatch only.
+        """
+        stage, accelerator, device = self.stage, self.accelerator, self.accelerator.device
         torch.manual_seed(derive(stage.seed, stage.config.name, step, accelerator.process_index))
         set_learning(self.groups.get("vae", ()), vae_learns(step, stage.config.interval))
         weights = stage.objective.weights(step)
-        terms = sorted(weights)
-        numbers = over_all(work, terms, self.asked_to_stop, accelerator)
-        counts_K = numbers[: len(terms)]
-        weights_K = on_device([weights[term] for term in terms], accelerator.device)
-        # processes average their gradients where the loss is a sum, hence their number
-        factors_K = accelerator.num_processes * weights_K / counts_K.clamp(min=1) * (counts_K > 0)
-        sums_K = self._backward(work.parts, terms, factors_K)
-        norm = clip(self.learners, settings.clip_grad_norm)
-        lr = learning_rate(step, stage.config.steps, settings)
+        numbers = over_all(work, sorted(weights), self.asked_to_stop, accelerator)
+        factors_K = self._factors(weights, numbers)
+        sums_K = torch.zeros_like(factors_K)
+        for index, part in enumerate(work.parts):
+            batch, last = moved(part, device), index + 1 == len(work.parts)
+            with nullcontext() if last else apart(self.model), accelerator.autocast():
+                losses = self.model(batch)
+                part_K = stacked(losses, sorted(weights), factors_K)
+                accelerator.backward((factors_K * part_K).sum())
+            sums_K += part_K.detach()
+        norm = clip(self.learners, stage.config.optimizer.clip_grad_norm)
+        everything = torch.cat([summed(sums_K, accelerator), numbers, norm.to(numbers).view(1)])
+        return Outcome.of(step, weights, self._update(step), everything)
+
+    def _factors(self, weights: Mapping[str, float], numbers: Tensor) -> Tensor:
+        """What the sums of each term are multiplied by: its weight over its positions. Processes
+        average their gradients where the loss is a sum, hence their number."""
+        counts_K = numbers[: len(weights)]
+        weights_K = on_device([weights[term] for term in sorted(weights)], numbers.device)
+        world = self.accelerator.num_processes
+        return world * weights_K / counts_K.clamp(min=1) * (counts_K > 0)
+
+    def _update(self, step: int) -> dict[str, float]:
+        """The weights and their averages, after the gradients of `step`; the learning rates."""
+        settings = self.stage.config.optimizer
+        lr = learning_rate(step, self.stage.config.steps, settings)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.trained.ema is not None:
             self.trained.ema.update(step)
-        rates = {"lr": lr} | {
-            f"lr/{n}": lr * ratio(n, settings) for n in self.groups if n != "main"
-        }
-        sums_K = summed(sums_K, accelerator)
-        everything = torch.cat([sums_K, numbers, norm.to(numbers).view(1)])
-        return Outcome.of(step, weights, rates, everything)
+        others = (n for n in self.groups if n != "main")
+        return {"lr": lr} | {f"lr/{n}": lr * ratio(n, settings) for n in others}
 
-    def _backward(self, parts: Sequence[Any], terms: Sequence[str], factors_K: Tensor) -> Tensor:
-        """Gradients of the loss; returns the sums [K] of each term over all microbatches. Processes
-        meet in the last microbatch only."""
-        device, sums_K = self.accelerator.device, torch.zeros_like(factors_K)
-        for index, part in enumerate(parts):
-            batch = moved(part, device)
-            last = index + 1 == len(parts)
-            with nullcontext() if last else apart(self.model), self.accelerator.autocast():
-                losses = self.model(batch)
-                some = [losses.get(term, factors_K.new_zeros(())) for term in terms]
-                part_K = torch.stack([loss.to(factors_K.dtype) for loss in some])
-                self.accelerator.backward((factors_K * part_K).sum())
-            sums_K += part_K.detach()
-        return sums_K
-
-    def _settle(self, ahead: int) -> dict[str, float]:
-        """Look at the numbers of all steps but the last `ahead`; the values of the newest of them,
-        to report. DivergedError for what is not finite: nothing of it has been saved."""
+    def settle(self, ahead: int | None = None) -> dict[str, float]:
+        """Look at the numbers of all steps but the last `ahead` (by default, as many as may still
+        be on their way); the values of the newest of them, to report. DivergedError for what is not
+        finite: nothing of it has been saved."""
         values: dict[str, float] = {}
+        ahead = self._ahead() if ahead is None else ahead
         while len(self.coming) > ahead:
             outcome = self.coming.popleft()
             losses, tally, norm = outcome.read()

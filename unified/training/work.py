@@ -119,6 +119,12 @@ def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
+def stacked(losses: Mapping[str, Tensor], terms: Sequence[str], like: Tensor) -> Tensor:
+    """The sums [K] of these terms, 0 for one that is not there, in the dtype of `like`."""
+    nothing = like.new_zeros(())
+    return torch.stack([losses.get(term, nothing).to(like.dtype) for term in terms])
+
+
 def add(counts: Iterable[Mapping[str, float]], terms: Sequence[str]) -> dict[str, float]:
     """Counts by term, added up; ValueError for a term that has no weight."""
     total = dict.fromkeys(terms, 0.0)
