@@ -12,7 +12,7 @@ from devices import DEVICES
 
 from unified.generation.blocks import Generator, Request
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.attention import WITHOUT
 from unified.model.prior import Prior
 

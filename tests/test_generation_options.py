@@ -17,7 +17,8 @@ from unified.generation.blocks import Generator, Request
 from unified.generation.guidance import Settling
 from unified.generation.items import Inference, Wish
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Choice, Latent
+from unified.latents.modality import Choice, encode
+from unified.latents.ragged import Latent
 from unified.modalities.text.decoding import choose, probabilities
 from unified.model.kernels.linear import product_dtype
 from unified.pipeline import UnifiedPipeline
@@ -400,21 +401,21 @@ def test_padding_fills_the_prompt_up_to_whole_blocks(model: UnifiedPipeline) -> 
         assert sizes(strategy) == (length, -(-(length + 8) // 4) * 4)
     for strategy in ("left", "right"):
         assert sizes(strategy) == (up, up + 8)
-    (mean,) = text.encode([text.pad(text.beginning(prompt), 4, "left")])
+    (mean,) = encode(text, [text.pad(text.beginning(prompt), 4, "left")])
     filled = request(model, prompt, first_block="left").given["C"].values
-    torch.testing.assert_close(filled, mean.mean_LC)
+    torch.testing.assert_close(filled, mean.mean_NC)
 
 
 def test_the_prompt_can_be_a_sample_of_its_posterior(model: UnifiedPipeline) -> None:
     text: Any = model.modalities["text"]
-    (posterior,) = text.encode([text.beginning("a big green")])
+    (posterior,) = encode(text, [text.beginning("a big green")])
     mean, one, two = (
         request(model, "a big green", prefix=p).given["C"].values
         for p in ("mean", "sample", "sample")
     )
-    torch.testing.assert_close(mean, posterior.mean_LC)
+    torch.testing.assert_close(mean, posterior.mean_NC)
     assert one.equal(two)
-    error = (one - mean) / (0.5 * posterior.logvar_LC).exp()
+    error = (one - mean) / (0.5 * posterior.logvar_NC).exp()
     assert 0.3 < float(error.detach().square().mean()) < 2.5
 
 

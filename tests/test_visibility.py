@@ -74,10 +74,7 @@ def test_relabelled_positions_see_their_own_block_alone():
     layouts = toys.layouts(unconditional_rate=1.0)
     of = toys.samples(8)
     batch = toys.batch(of, layouts)
-    flow = toys.flow(layouts)
-    generators = [torch.Generator().manual_seed(i) for i in range(len(of))]
-    draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, generators)
-    noisy, _ = flow.corrupt(batch, draws)
+    noisy, _ = toys.corrupt(batch, toys.flow(layouts))
     at, u = noisy.coordinates, noisy.visibility.kind_index["U"]
     seen = noisy.visibility.dense(at)
     is_u = (at.kind == u) & (at.sample >= 0)
