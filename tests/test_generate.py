@@ -228,7 +228,7 @@ def test_a_recording_is_gone_when_it_is_let_go_of(monkeypatch):
     gc.disable()
     try:
         generator.run("continuation", target, requests, Sampler(4, 2.0, graphs=True))
-        assert not [x for x in gc.get_objects() if isinstance(x, Recording)]
+        assert not [x for x in gc.get_objects() if type(x) is Recording]
     finally:
         gc.enable()
 

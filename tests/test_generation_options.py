@@ -22,10 +22,15 @@ from unified.latents.ragged import Latent
 from unified.modalities.text.decoding import choose, probabilities
 from unified.model.kernels.linear import product_dtype
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import generator
+from unified.randomness import generator, noise
 
 BLOCK = 4
 PROMPT = Latent(torch.randn(6, 3, generator=generator(0), dtype=torch.float64), (6,))
+
+
+def first_noise() -> Tensor:
+    """Where the first block of a continuation under seed 0 starts."""
+    return noise((BLOCK, 3), 0, "continuation", "C", 0).double()
 
 
 def made(sampler: Sampler, given: Latent | None = PROMPT, seed: int = 1) -> Tensor:
@@ -103,9 +108,8 @@ def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
     model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
     request = Request({}, (BLOCK,), 0)
     sampler = Sampler(num_steps=20, guidance_scale=2.0, guider="zero_star")
-    noise = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
     z = Generator(model, layouts).run("continuation", "C", [request], sampler)[0].values
-    by_hand = noise
+    by_hand = first_noise()
     for step, v in enumerate(seen):
         c, u = v.split(BLOCK)
         s = (c * u).sum() / (u * u).sum()
@@ -142,7 +146,7 @@ def test_the_step_that_zero_star_leaves_out_is_the_first_of_all() -> None:
     made_by = Generator(model, toys.layouts(BLOCK))
     z = made_by.run("continuation", "C", [Request({}, (BLOCK,), 0)],
                     Sampler(**base, guider="zero_star"))[0].values  # fmt: skip
-    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    by_hand = first_noise()
     for v in seen:
         c, *u = v.split(BLOCK)
         if u:
@@ -195,7 +199,7 @@ def test_between_unconditional_passes_guidance_adds_what_it_added() -> None:
     sampler = Sampler(4, 3.0, unconditional_every=2)
     maker = Generator(model, toys.layouts(BLOCK))
     z = maker.run("continuation", "C", [Request({}, (BLOCK,), 0)], sampler)[0].values
-    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    by_hand = first_noise()
     for full, held in (seen[:2], seen[2:]):
         v_c, v_u = full.split(BLOCK)
         for v in (v_c, held):
@@ -336,10 +340,10 @@ def test_a_repainted_result_does_not_depend_on_its_batch(times: int, solver: str
 def test_noise_that_is_given_is_used(strategy: str) -> None:
     maker = Generator(toys.prior(), toys.layouts(BLOCK))
     sampler = Sampler(2, 1.0, first_block=strategy)
-    noise = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
+    starts = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
 
     def run(shift: float) -> Tensor:
-        given = Request({"C": PROMPT}, (12,), 1, [n + shift for n in noise])
+        given = Request({"C": PROMPT}, (12,), 1, [z + shift for z in starts])
         return maker.run("continuation", "C", [given], sampler)[0].values
 
     assert run(0.0).equal(run(0.0))
