@@ -95,10 +95,10 @@ def test_images_have_the_size_that_was_asked_for(pipeline: UnifiedPipeline, size
 
 def test_a_caption_depends_on_the_prompt_and_the_default_is_that_of_training() -> None:
     pipeline = random_pipeline()
-    plain = pipeline.caption(IMAGES, seed=0)
+    plain = pipeline.caption(IMAGES[:1], seed=1)
     instruction = pipeline.tasks["captioning"].config.instruction
-    assert plain == pipeline.caption(IMAGES, prompts=[instruction] * len(IMAGES), seed=0)
-    assert plain != pipeline.caption(IMAGES, prompts=["red"] * len(IMAGES), seed=0)
+    assert plain == pipeline.caption(IMAGES[:1], prompts=[instruction], seed=1)
+    assert plain != pipeline.caption(IMAGES[:1], prompts=["red"], seed=1)
 
 
 @pytest.mark.parametrize(
