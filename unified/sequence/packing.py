@@ -200,7 +200,8 @@ class Packer:
         starts, rows, width = _arrange(lengths, self.row_length)
         flat_PK = _joined([t.columns for t in templates], COLUMNS + self.axes)
         sample_P = np.repeat(np.arange(len(samples)), lengths)
-        at_P = np.arange(len(flat_PK)) + np.repeat(np.array(starts) - _begins(lengths), lengths)
+        shift = np.array(starts, np.int64) - _begins(lengths)
+        at_P = np.arange(len(flat_PK)) + np.repeat(shift, lengths)
         slot_P = np.array(range(len(samples)) if slots is None else slots, np.int64)[sample_P]
         tables = self.visibility.table_index
         table_P = np.array([tables[s.task] for s in samples], np.int64)[sample_P]
