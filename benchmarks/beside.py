@@ -15,7 +15,7 @@ In `sd3` and `flux` everything sees everything; in `text` a text is clean and no
 for each of a language model's. `text_vae` is without the masked-token loss, a second pass.
 
 Width, depth, heads, rows and tokens of a pair are the same. A step is forward and backward; in
-`text` it begins with the plan of the data and ends with AdamW. The two take turns, so that a busy
+`text` it begins with collating the data and ends with AdamW. The two take turns, so that a busy
 machine slows both. FLOPs are counted by PyTorch's `FlopCounterMode`: dense products of matrices,
 backward included, and what a mask hides as well. (A causal kernel skips half of what is counted for
 attention: in `text` theirs does, in `text_vae` both do.) A time ratio of at most the FLOP ratio
@@ -32,7 +32,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,13 +43,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unified.config.schema import FlowConfig, PriorConfig, StageConfig
+from unified.data.batches import Items
 from unified.data.streams import Prepared
-from unified.latents.modality import Modality, Posterior
+from unified.latents.modality import Modality
+from unified.latents.ragged import Posteriors
+from unified.latents.tensors import moved
 from unified.modalities.image.modality import ImageConfig, ImageModality
 from unified.modalities.image.pixels import to_unit
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.model.prior import Prior
-from unified.randomness import generator
+from unified.randomness import Chance
 from unified.sequence.layout import Layout, Segment
 from unified.sequence.packing import PackedBatch, Sample, pack
 from unified.sequence.visibility import ALL, Visibility
@@ -157,14 +160,14 @@ def painting(size: Size, layout: Layout) -> PackedBatch:
     """A caption and a noisy image in every row; the image, and each noisy block, has its time."""
     grids = {"C": (size.caption,), "I": (size.side, size.side)}
     samples, visibility = [Sample("", grids)] * size.rows, Visibility({"": layout.sees})
-    batch = pack(samples, {"": layout}, visibility, None, axes=3)
-    for span in batch.spans:
-        if span.segment.noise != "clean":
-            drawn = torch.rand(int(span.block.max()) + 1)
-            where = batch.where[span.segment.modality][span.start : span.stop]
-            batch.time_RL.view(-1)[where] = drawn[span.block]
-    batch.latents.update({m: torch.randn(len(w), CHANNELS[m]) for m, w in batch.where.items()})
-    return batch
+    batch = pack(samples, {"": layout}, visibility, None, axes=3, training=True)
+    t_T = torch.cat([torch.zeros(1), torch.rand(batch.groups.shape[1])])
+    return replace(
+        batch,
+        time_RL=t_T[batch.step_RL],
+        timesteps=(t_T, batch.step_RL),
+        latents={m: torch.randn(len(w), CHANNELS[m]) for m, w in batch.where.items()},
+    )
 
 
 def our_mmdit(size: Size, layout: Layout, multi: int) -> Contender:
@@ -287,13 +290,13 @@ def text(size: Size) -> Pair:
     examples = [stored(slot, size.text) for slot in range(size.rows)]
 
     def loss() -> Tensor:
-        plan = objective.plan(examples, 0)
-        return weighed(objective(plan), objective.weights(0), plan.counts)
+        batch = objective.collate(examples, 0)
+        return weighed(objective(moved(batch, size.device)), objective.weights(0), batch.counts)
 
     optimizer = build_optimizer(
         learning_groups(objective.groups(), stage.optimizer), stage.optimizer
     )
-    positions = int(objective.plan(examples, 0).positions[0])
+    positions = int(objective.collate(examples, 0).positions[0])
     ours = Contender("JointObjective", prior, positions, loss, optimizer)
     return ours, llama(size, inner=size.width * 8 // 3, learns=True)
 
@@ -301,7 +304,7 @@ def text(size: Size) -> Pair:
 def stored(slot: int, length: int) -> Prepared:
     """A passage whose latents a frozen autoencoder has left."""
     mean_LC = torch.randn(length, CHANNELS["text"])
-    posterior = Posterior(mean_LC, torch.full_like(mean_LC, -4.0), (length,))
+    posterior = Posteriors(mean_LC, torch.full_like(mean_LC, -4.0), ((1, (length,)),))
     return Prepared("continuation", f"{slot}", slot, {"C": posterior})
 
 
@@ -312,11 +315,18 @@ def weighed(
     return torch.stack([weights[t] * value / counts[t] for t, value in sums.items()]).sum()
 
 
-def own_loss(modality: Modality, observations: list[Tensor]) -> Tensor:
+def own_loss(modality: Modality, observed: Sequence[Tensor], device: str) -> Callable[[], Tensor]:
     """An autoencoder's objective, as its stage has it."""
-    generators = [generator(0, slot) for slot in range(len(observations))]
-    sums = modality.loss(observations, generators)
-    return weighed(sums, modality.weights(), modality.counts(observations))
+    items, _ = Items.of(modality, observed, range(len(observed)))
+    counts = modality.counts(items.whole("the loss is of the items themselves"))
+
+    def loss() -> Tensor:
+        here = moved(items, device)
+        assert here.observations is not None
+        sums = modality.loss(here.observations, here.chance(Chance(0)))
+        return weighed(sums, modality.weights(), counts)
+
+    return loss
 
 
 def text_vae(size: Size) -> Pair:
@@ -329,7 +339,8 @@ def text_vae(size: Size) -> Pair:
         latent_dim=CHANNELS["text"], max_tokens=size.text, mask_weight=0,
     )  # fmt: skip
     modality, ids = TextModality(config, None).to(size.device), words(size)
-    ours = Contender("TextModality", modality, ids.numel(), lambda: own_loss(modality, list(ids)))
+    loss = own_loss(modality, list(ids), size.device)
+    ours = Contender("TextModality", modality, ids.numel(), loss)
     return ours, llama(size, inner, learns=False)
 
 
@@ -357,7 +368,7 @@ def image_vae(size: Size) -> Pair:
 
     positions = size.rows * size.pixels**2
     return (
-        Contender("ImageModality", ours, positions, lambda: own_loss(ours, list(bytes_B3HW))),
+        Contender("ImageModality", ours, positions, own_loss(ours, list(bytes_B3HW), size.device)),
         Contender("AutoencoderKL", network, positions, plain),
     )
 

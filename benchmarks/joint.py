@@ -37,7 +37,6 @@ from unified.config.loading import load_config
 from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config
 from unified.data.examples import Example
-from unified.latents.modality import posteriors_of
 from unified.pipeline import UnifiedPipeline
 from unified.planning.flops import TRAINING
 from unified.planning.imagined import forward_flops
@@ -90,7 +89,7 @@ class Joint:
         materials = Materials(self.config, stage, self.pipeline, self.sources, self.plugins)
         objective = materials.objective()
         assert isinstance(objective, JointObjective)
-        examples = materials.mixture(stage.batch_size, stage.name, workers=0).batch(0)
+        (examples,) = materials.mixture(stage.batch_size, stage.name, workers=0).batch(0)
         step = Step(objective, stage, [examples])
         return step, stage.batch_size, self.flops(partial(step_flops, step))
 
@@ -126,14 +125,14 @@ def configuration(size: str) -> Config:
 def step_flops(step: Step) -> int:
     """FLOPs of a step: three forward passes of all that learns, and one of what is frozen."""
     objective, (examples,) = step.objective, step.microbatches
-    plan = objective.plan(examples, 0)
+    batch = objective.collate(examples, 0)
 
     def encode() -> None:
-        for m in set(objective.modalities) - objective.learning:
-            posteriors_of(objective.modality(m), [o for _, _, o in objective.observed(examples, m)])
+        for m in batch.items.keys() - objective.learning:
+            batch.items[m].posteriors(objective.modality(m))
 
     frozen = forward_flops(encode)
-    return TRAINING * (forward_flops(lambda: objective(plan)) - frozen) + frozen
+    return TRAINING * (forward_flops(lambda: objective(batch)) - frozen) + frozen
 
 
 def timed(joint: Joint, args: argparse.Namespace) -> dict[tuple[str, int], Callable[[], Timed]]:

@@ -89,10 +89,10 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
     ]
     if recomputed:
         recompute(draft.prior)
-    plan = draft.objective.plan(examples, 0)
-    step = imagined_step(draft.objective, plan, "fp32", keeps_mask=True)
+    batch = draft.objective.collate(examples, 0)
+    step = imagined_step(draft.objective, batch, "fp32", keeps_mask=True)
     predicted = per_device(draft.objective, step, ema=True)
-    del draft, plan
+    del draft, batch
     warm_up()
     gc.collect()
     measured = train(config, examples, recomputed)
@@ -134,7 +134,7 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     ema = EMA(named, EMAConfig())
     for step in range(2):
         for _ in range(MICROBATCHES):
-            losses = objective(objective.plan(examples, step))
+            losses = objective(objective.collate(examples, step))
             torch.stack(list(losses.values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(learners, 1.0)
         optimizer.step()

@@ -24,6 +24,7 @@ import torch
 from unified.config.schema import Config
 from unified.data.shards import read_shards
 from unified.evaluation.statistics import bootstrap
+from unified.latents.modality import decode, encode, modes
 from unified.latents.weights import assign, named_tensors
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint
@@ -141,8 +142,7 @@ def reconstruction(pipeline: UnifiedPipeline, asked: list[Trial]) -> torch.Tenso
     for trial in asked:
         ids = text.beginning(trial.prompt)
         filled = text.pad(ids, 1, text.boundary)
-        (posterior,) = text.encode([filled])
-        (back,) = text.decode([posterior.mode])
+        (back,) = decode(text, modes(encode(text, [filled])))
         start = 0 if text.boundary == "right" else len(filled) - len(ids)
         out.append((back[start : start + len(ids)] == ids).double().mean())
     return torch.stack(out)

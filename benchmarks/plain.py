@@ -20,7 +20,8 @@ from torch import Tensor
 from unified.config.schema import GenerationConfig
 from unified.flow.solvers import schedule
 from unified.flow.timesteps import round_timesteps
-from unified.latents.modality import Latent
+from unified.latents.modality import encode
+from unified.latents.ragged import Latent
 from unified.modalities.text.decoding import penalise
 from unified.pipeline import UnifiedPipeline
 from unified.sequence.packing import Sample, pack
@@ -38,7 +39,7 @@ def generate(
     """
     text: Any = pipeline.modalities["text"]
     block, known = noise.shape[2], prompts_BP.shape[1]
-    z_BLC = torch.stack([p.mean_LC for p in text.encode(list(prompts_BP))])
+    z_BLC = torch.stack([p.mean_NC for p in encode(text, list(prompts_BP))])
     whole = known // block * block
     tokens_BT = prompts_BP[:, :0]  # what was decoded after the prompt's whole blocks
     for noise_BbC in noise:
@@ -85,7 +86,7 @@ def velocity(
     values = torch.cat([done, x_BbC], dim=1)
     samples: Sequence[Sample] = [Sample("continuation", {"C": (values.shape[1],)}) for _ in values]
     batch = pack(samples, {"continuation": layout}, rule, None, pipeline.prior.config.axes)
-    batch = batch.with_latents([{"C": z} for z in values])
+    batch = batch.with_latents({"text": values.flatten(0, 1)})
     last = slice(-x_BbC.shape[1], None)
     time_RL, kinds = batch.time_RL.to(x_BbC), batch.coordinates.kind.clone()
     time_RL[:, last], kinds[:, last] = time_b, rule.kind_index[kind]

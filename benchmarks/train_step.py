@@ -5,11 +5,11 @@
     python benchmarks/train_step.py --batch 8 --accumulate 2 --recompute --compile
     python benchmarks/train_step.py --device cuda --dtype bf16 --size 2b --attention flex --compile
 
-A step is that of the training loop: the objective plans (on the CPU, without the network) and runs
-forward and backward, gradients are clipped, and fused AdamW moves the prior. The text VAE is
-frozen. A row holds one sample of `--seqlen` clean latents and their noisy twins. The best of
-`--repeats` steps counts, after one that is not timed (`first_step_s`; with `--compile` it holds the
-compilation).
+A step is that of the training loop: the examples are collated (on the CPU, without the network;
+training does it ahead of time), the objective runs forward and backward, gradients are clipped, and
+fused AdamW moves the prior. The text VAE is frozen. A row holds one sample of `--seqlen` clean
+latents and their noisy twins. The best of `--repeats` steps counts, after one that is not timed
+(`first_step_s`; with `--compile` it holds the compilation).
 
 * `positions_per_s` counts clean and noisy ones, `tokens_per_s` what the samples have
 * `share` is model FLOP/s over matmul FLOP/s: three forward passes of the prior, over the pairs that
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from unified.config.schema import StageConfig
 from unified.data.streams import Prepared
+from unified.latents.tensors import moved
 from unified.modalities.text.modality import TextConfig
 from unified.model.attention import BACKENDS
 from unified.pipeline import UnifiedPipeline
@@ -36,6 +37,7 @@ from unified.planning.flops import TRAINING, batch_flops
 from unified.sequence.packing import PackedBatch
 from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
+from unified.training.work import add
 
 
 class Step:
@@ -52,14 +54,15 @@ class Step:
         groups = learning_groups(objective.groups(), stage.optimizer)
         self.learners = [p for group in groups.values() for p in group]
         self.optimizer = build_optimizer(groups, stage.optimizer)
+        self.device = self.learners[0].device
 
     def __call__(self) -> None:
-        plans = [self.objective.plan(examples, self.steps) for examples in self.microbatches]
+        batches = [self.objective.collate(examples, self.steps) for examples in self.microbatches]
         weights = self.objective.weights(self.steps)
-        counts = {k: sum(plan.counts[k] for plan in plans) for k in plans[0].counts}
-        for plan in plans:
-            losses = self.objective(plan)
-            parts = [weights[k] / counts[k] * loss for k, loss in losses.items()]
+        counts = add((batch.counts for batch in batches), weights)
+        for batch in batches:
+            losses = self.objective(moved(batch, self.device))
+            parts = [weights[k] / max(counts[k], 1) * loss for k, loss in losses.items()]
             torch.stack(parts).sum().backward()
         torch.nn.utils.clip_grad_norm_(self.learners, self.stage.optimizer.clip_grad_norm)
         self.optimizer.step()
@@ -97,7 +100,7 @@ class TrainStep(Step):
         prior = self.pipeline.prior
         hook = prior.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for examples in self.microbatches:
-            self.objective(self.objective.plan(examples, 0))
+            self.objective(moved(self.objective.collate(examples, 0), self.device))
         hook.remove()
         return TRAINING * sum(batch_flops(prior.config, prior.channels, b) for b in seen)
 

@@ -11,7 +11,7 @@ import toys
 from devices import DEVICES
 
 from unified.generation.blocks import Request
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.attention import WITHOUT
 from unified.model.prior import Prior
 

@@ -16,12 +16,12 @@ from torch._dynamo.testing import CompileCounter
 from unified.config.schema import GenerationConfig
 from unified.flow.solvers import integrate, to_data
 from unified.generation.blocks import Request, Session
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.cache import KVCache
 from unified.model.kernels.graphs import Recording
-from unified.randomness import generator
+from unified.randomness import generator, noise
 from unified.sequence.layout import Layout, Segment
-from unified.sequence.packing import Sample, pack
+from unified.sequence.packing import Sample, latents_of, pack
 from unified.sequence.visibility import UP_TO, Coordinates, Visibility
 
 BLOCK = 2
@@ -77,8 +77,7 @@ def full_forward(
     committed = len(done) - known if text else 0
     while committed < total:
         size = BLOCK if text else total
-        seed = generator(request.seed, task, target, committed)
-        z = torch.randn(size, width, generator=seed).double()
+        z = noise((size, width), request.seed, task, target, committed).double()
         z[:known] = done[committed:] if known else z[:0]
         pinned = torch.arange(size) < known
 
@@ -106,10 +105,11 @@ def velocity(model, layout, task, target, noisy, request, done, x, t, pinned, un
     else:
         grids[target], values[target] = request.grid, x
     rule = Visibility({task: layout.sees})
-    batch = pack([Sample(task, grids)], {task: Layout(segments, {})}, rule, None, toys.AXES)
-    batch = batch.with_latents([values])
-    span = next(s for s in batch.spans if s.segment.kind == noisy)
-    here = slice(span.stop - len(x), span.stop)
+    samples, own = [Sample(task, grids)], {task: Layout(segments, {})}
+    batch = pack(samples, own, rule, None, toys.AXES)
+    batch = batch.with_latents(latents_of(samples, own, [values]))
+    (part,) = (p for p in toys.parts(batch) if p.kind == noisy)
+    here = part.at[-len(x) :]
     where = batch.where[modality][here]
     time = batch.time_RL.double()
     time.view(-1)[where] = torch.where(pinned, 0.0, t)
@@ -232,7 +232,7 @@ def test_a_recording_is_gone_when_it_is_let_go_of(monkeypatch):
     gc.disable()
     try:
         generator("continuation", target, requests, toys.settings(4, 2.0, graphs=True))
-        assert not [x for x in gc.get_objects() if isinstance(x, Recording)]
+        assert not [x for x in gc.get_objects() if type(x) is Recording]
     finally:
         gc.enable()
 

@@ -19,15 +19,21 @@ from unified.flow.solvers import integrate, renoise, repaint, schedule, to_data
 from unified.generation.blocks import Request
 from unified.generation.guidance import Settling, guides
 from unified.generation.items import Inference, Wish
-from unified.latents.modality import Choice, Latent
+from unified.latents.modality import Choice, encode
+from unified.latents.ragged import Latent
 from unified.modalities.text.decoding import choose, probabilities
 from unified.model.kernels.linear import product_dtype
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import derive, generator
+from unified.randomness import derive, generator, noise
 from unified.training import samples
 
 BLOCK = 4
 PROMPT = Latent(torch.randn(6, 3, generator=generator(0), dtype=torch.float64), (6,))
+
+
+def first_noise() -> Tensor:
+    """Where the first block of a continuation under seed 0 starts."""
+    return noise((BLOCK, 3), 0, "continuation", "C", 0).double()
 
 
 def made(settings: GenerationConfig, given: Latent | None = PROMPT, seed: int = 1) -> Tensor:
@@ -107,9 +113,8 @@ def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
     model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
     request = Request({}, (BLOCK,), 0)
     settings = toys.settings(num_steps=20, guidance_scale=2.0, guider="zero_star")
-    noise = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
     z = toys.generate(model, layouts, "continuation", "C", [request], settings)[0].values
-    by_hand = noise
+    by_hand = first_noise()
     for step, v in enumerate(seen):
         c, u = v.split(BLOCK)
         s = (c * u).sum() / (u * u).sum()
@@ -146,7 +151,7 @@ def test_the_step_that_zero_star_leaves_out_is_the_first_of_all() -> None:
     made_by = partial(toys.generate, model, toys.layouts(BLOCK))
     z = made_by("continuation", "C", [Request({}, (BLOCK,), 0)],
                     toys.settings(**base, guider="zero_star"))[0].values  # fmt: skip
-    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    by_hand = first_noise()
     for v in seen:
         c, *u = v.split(BLOCK)
         if u:
@@ -201,7 +206,7 @@ def test_between_unconditional_passes_guidance_adds_what_it_added() -> None:
     settings = toys.settings(4, 3.0, unconditional_every=2)
     maker = partial(toys.generate, model, toys.layouts(BLOCK))
     z = maker("continuation", "C", [Request({}, (BLOCK,), 0)], settings)[0].values
-    by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
+    by_hand = first_noise()
     for full, held in (seen[:2], seen[2:]):
         v_c, v_u = full.split(BLOCK)
         for v in (v_c, held):
@@ -342,10 +347,10 @@ def test_a_repainted_result_does_not_depend_on_its_batch(times: int, solver: str
 def test_noise_that_is_given_is_used(strategy: str) -> None:
     maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     settings = toys.settings(2, 1.0, first_block=strategy)
-    noise = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
+    starts = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
 
     def run(shift: float) -> Tensor:
-        given = Request({"C": PROMPT}, (12,), 1, [n + shift for n in noise])
+        given = Request({"C": PROMPT}, (12,), 1, [z + shift for z in starts])
         return maker("continuation", "C", [given], settings)[0].values
 
     assert run(0.0).equal(run(0.0))
@@ -399,21 +404,21 @@ def test_padding_fills_the_prompt_up_to_whole_blocks(model: UnifiedPipeline) -> 
         assert sizes(strategy) == (length, -(-(length + 8) // 4) * 4)
     for strategy in ("left", "right"):
         assert sizes(strategy) == (up, up + 8)
-    (mean,) = text.encode([text.pad(text.beginning(prompt), 4, "left")])
+    (mean,) = encode(text, [text.pad(text.beginning(prompt), 4, "left")])
     filled = request(model, prompt, first_block="left").given["C"].values
-    torch.testing.assert_close(filled, mean.mean_LC)
+    torch.testing.assert_close(filled, mean.mean_NC)
 
 
 def test_the_prompt_can_be_a_sample_of_its_posterior(model: UnifiedPipeline) -> None:
     text: Any = model.modalities["text"]
-    (posterior,) = text.encode([text.beginning("a big green")])
+    (posterior,) = encode(text, [text.beginning("a big green")])
     mean, one, two = (
         request(model, "a big green", prefix=p).given["C"].values
         for p in ("mean", "sample", "sample")
     )
-    torch.testing.assert_close(mean, posterior.mean_LC)
+    torch.testing.assert_close(mean, posterior.mean_NC)
     assert one.equal(two)
-    error = (one - mean) / (0.5 * posterior.logvar_LC).exp()
+    error = (one - mean) / (0.5 * posterior.logvar_NC).exp()
     assert 0.3 < float(error.detach().square().mean()) < 2.5
 
 

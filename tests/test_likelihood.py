@@ -260,7 +260,7 @@ def test_a_text_is_closed_as_training_closes_it(model: UnifiedPipeline) -> None:
     response = ids(model, "a big green")
     assert len(response) % 4
     seen: list[Tensor] = []
-    encode, text.encode = text.encode, lambda o: seen.extend(o) or encode(o)
+    encode, text.encode = text.encode, lambda o: seen.extend(o.items()) or encode(o)
     try:
         (closed,), (going,) = (
             model.score(["a big green"], num_samples=1, num_steps=2, ends=e) for e in (True, False)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from unified import cli
 from unified.cola.official import from_official, to_official
+from unified.latents.modality import decode, encode, modes
 from unified.pipeline import UnifiedPipeline
 
 VAE, DIT, MODEL = "cola_vae", "cola_dit", "model.safetensors"
@@ -153,9 +154,9 @@ def test_without_a_tokenizer_a_model_works_on_ids(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     text: Any = from_official(folder).modalities["text"]
     ids = [torch.tensor([5, 9, 2]), torch.tensor([7])]
-    one, two = text.encode(ids)
-    torch.testing.assert_close(two.mean_LC, text.encode(ids[1:])[0].mean_LC)
-    assert [len(o) for o in text.decode([one.mode, two.mode])] == [3, 1]
+    one, two = encode(text, ids)
+    torch.testing.assert_close(two.mean_NC, encode(text, ids[1:])[0].mean_NC)
+    assert [len(o) for o in decode(text, modes([one, two]))] == [3, 1]
     with pytest.raises(ValueError, match="has no tokenizer, and works on ids only"):
         text.observe("a")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from unified.cola.official import from_official, official_name, to_official
 from unified.config.schema import FlowConfig, GenerationConfig
 from unified.flow.matching import Draws, FlowMatching
+from unified.flow.path import velocity
 from unified.flow.timesteps import TIMESTEP_SCALE
 from unified.generation.items import Inference, Wish
 from unified.latents.modality import Choice
@@ -33,7 +34,7 @@ from unified.model.cache import KVCache
 from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
 from unified.sequence.layout import Layout, Segment
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import NoisyPlaces, PackedBatch, Sample, pack
 from unified.sequence.visibility import BEFORE, SAME, UP_TO, Visibility
 
 pytestmark = golden.here
@@ -177,18 +178,19 @@ def test_training_step(case: str) -> None:
     layouts = {n: layout(int(b)) for n, b in zip(names, sizes, strict=True)}
     rule = Visibility(dict.fromkeys(names, SEES))
     samples = [Sample(n, {"C": (length,)}) for n, length in zip(names, lengths, strict=True)]
-    batch = pack(samples, layouts, rule, None, 3)
-    z0, z1 = (file[k].split(lengths) for k in ("z0", "z1"))
-    batch = batch.with_latents([{"C": z} for z in z0])
-    draws = training_draws(file, lengths)
-    noisy, targets = FlowMatching(FlowConfig(), layouts).corrupt(batch, {"text": draws})
-    twins = torch.cat([torch.arange(s.start, s.stop) for s in batch.spans if s.segment.copies])
+    batch = pack(samples, layouts, rule, None, 3).with_latents({"text": file["z0"]})
+    twins = NoisyPlaces(*batch.noisy["text"]).at
+    batch = with_beginnings_kept(batch, file["loss_mask"].bool())
+    draws = training_draws(file, batch)
+    noisy, targets = FlowMatching(FlowConfig(), layouts).corrupt(batch, draws)
     close(noisy.latents["text"][twins], file["z_noisy"], SINGLE)
     close(noisy.time_RL.view(-1)[batch.where["text"]][twins] * TIMESTEP_SCALE, file["ts"])
-    close(targets["text"][twins], file["target"], SINGLE)
-    assert len(z1) == len(z0)
-    total = FlowMatching.loss(prior(noisy), targets, {"text": draws})["flow/text"]
-    loss = total / draws.noisy_N.sum()
+    at_loss = file["loss_mask"].bool()
+    assert targets["text"].at_M.equal(twins[at_loss])
+    close(targets["text"].velocity_MC, file["target"][at_loss], SINGLE)
+    close(velocity(file["z0"], file["z1"]), file["target"], SINGLE)
+    total = FlowMatching.loss(prior(noisy), targets)["flow/text"]
+    loss = total / FlowMatching.counts(noisy)["flow/text"]
     close(loss, file["loss"], SINGLE)
     loss.backward()
     gradients = {official_name(n): p.grad for n, p in prior.named_parameters()}
@@ -202,21 +204,23 @@ def test_training_step(case: str) -> None:
     torch.testing.assert_close(norm, file["grad_norm_total"], rtol=0, atol=SINGLE)
 
 
-def training_draws(file: dict[str, Tensor], lengths: Sequence[int]) -> Draws:
-    """The fixture's chance as ours: clean copies, then noisy ones, sample by sample."""
-    parts = []
-    rows = zip(
-        file["z1"].split(lengths), file["t"], file["loss_mask"].split(lengths),
-        file["ts"].split(lengths), strict=True,
-    )  # fmt: skip
-    for z1, t, mask, ts in rows:
-        no, zero = torch.zeros(len(z1), dtype=torch.bool), torch.zeros(len(z1))
-        parts.append(Draws(torch.zeros_like(z1), zero, no, no, zero))
-        loses = mask.bool()
-        assert torch.equal(ts > 0, loses)
-        time = torch.where(loses, t.float(), 0.0)
-        parts.append(Draws(z1, time, loses, no, torch.ones(len(z1))))
-    return Draws.cat(parts)
+def with_beginnings_kept(batch: PackedBatch, loses_M: Tensor) -> PackedBatch:
+    """The batch whose noisy positions outside of the fixture's loss mask stay clean."""
+    columns = batch.noisy["text"]
+    step_RL = batch.step_RL.clone()
+    step_RL.view(-1)[batch.where["text"][NoisyPlaces(*columns).at[~loses_M]]] = 0
+    return replace(batch, noisy={"text": columns[:, loses_M]}, step_RL=step_RL)
+
+
+def training_draws(file: dict[str, Tensor], batch: PackedBatch) -> Draws:
+    """The fixture's chance as ours: a timestep for each block, and noise where there is any."""
+    loses, group_M = file["loss_mask"].bool(), NoisyPlaces(*batch.noisy["text"]).group
+    assert torch.equal(file["ts"] > 0, loses)
+    t_M = file["t"].float().repeat_interleave(file["lens"])[loses]
+    groups = batch.groups.shape[1]
+    t_G = torch.zeros(groups).index_copy(0, group_M - 1, t_M)
+    assert t_G[group_M - 1].equal(t_M)  # one for a block
+    return Draws(t_G, torch.zeros(groups, dtype=torch.bool), {"text": file["z1"][loses]})
 
 
 def test_every_tensor_of_training_is_read() -> None:

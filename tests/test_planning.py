@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,20 @@ from unified import cli
 from unified.config.plugins import resolve_model, resolve_plugins
 from unified.config.schema import PriorConfig
 from unified.flow.matching import FlowMatching
+from unified.latents.ragged import Ragged
 from unified.modalities.text.modality import TextConfig
 from unified.model.prior import Prior
 from unified.planning import flops, imagined
 from unified.planning.draft import Draft, make_plan
 from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPUS, find_gpu
-from unified.planning.memory import imagined_step
+from unified.planning.memory import forward_only, imagined_step
 from unified.planning.typical import Sizes, positions, typical
-from unified.randomness import generator
+from unified.randomness import Chance
 from unified.sequence.layout import Layout, Segment
 from unified.sequence.packing import PackedBatch, Sample, pack
 from unified.sequence.visibility import ALL, Visibility
+from unified.training.objectives.joint import JointBatch
 
 CHANNELS = {"text": 16, "image": 64}
 PRIOR = PriorConfig(
@@ -54,12 +57,12 @@ def counted(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
-def batch_of(layout: Layout, grids: Any, samples: int = 1) -> PackedBatch:
-    batch = pack(
-        [Sample("", grids)] * samples, {"": layout}, Visibility({"": layout.sees}), None, 3
-    )
+def batch_of(layout: Layout, grids: Any, samples: int = 1, training: bool = True) -> PackedBatch:
+    """In rows as training has them: packing knows where everything is seen."""
+    given = [Sample("", grids)] * samples
+    batch = pack(given, {"": layout}, Visibility({"": layout.sees}), None, 3, training)
     latents = {m: torch.randn(len(where), CHANNELS[m]) for m, where in batch.where.items()}
-    return PackedBatch(**{**vars(batch), "latents": latents})
+    return replace(batch, latents=latents)
 
 
 def at_times(batch: PackedBatch) -> PackedBatch:
@@ -103,7 +106,7 @@ def test_a_modality_that_is_absent_costs_nothing():
 def test_visible_pairs_are_those_of_the_grid(name):
     layout = resolve_model(tiny.config()).tasks[name].layout
     lengths = {s.kind: 5 if s.block is None else 12 for s in layout.filled}
-    batch = batch_of(layout, {kind: (n,) for kind, n in lengths.items()}, samples=3)
+    batch = batch_of(layout, {kind: (n,) for kind, n in lengths.items()}, 3, training=False)
     _, _, visible = layout.grid(lengths)
     assert flops.visible_pairs(batch) == 3 * sum(map(sum, visible))
 
@@ -121,10 +124,9 @@ def test_visible_pairs_of_a_corrupted_batch_are_those_of_its_mask():
     batch = pack(samples, layouts, visibility, 48, 3)
     flow = FlowMatching(tiny.config().flow, layouts)
     channels = dict.fromkeys(batch.where, 4)
-    rngs = [generator(0, str(i)) for i in range(len(samples))]
-    draws = flow.draw(batch, [s.task for s in samples], channels, rngs)
     latents = {m: torch.zeros(len(where), 4) for m, where in batch.where.items()}
-    noisy, _ = flow.corrupt(PackedBatch(**{**vars(batch), "latents": latents}), draws)
+    batch = flow.keep_beginnings(replace(batch, latents=latents), Chance(0))
+    noisy, _ = flow.corrupt(batch, flow.draw(batch, Chance(0), channels))
     assert flops.visible_pairs(noisy) == int(noisy.visibility.dense(noisy.coordinates).sum())
     assert flops.timesteps(batch) == len(noisy.time_RL.unique())
 
@@ -150,7 +152,7 @@ def test_the_text_vae_s_flops_are_those_of_its_matrices():
     block = 4 * dim * dim + dim * ffn + ffn // 2 * dim
     weights = config.patch_size * dim * dim + block + dim * 2 * config.latent_dim
     attention = 4 * dim * length * (length + 1) // 2
-    found = imagined.forward_flops(lambda: text.encode([blank]))
+    found = imagined.forward_flops(lambda: text.encode(Ragged.of([blank])))
     assert found == 2 * length * weights + attention
 
 
@@ -160,8 +162,8 @@ def test_the_image_vae_s_flops_are_what_pytorch_counts():
     imagined.imagine(fake)
     blank = imagined.observation(fake, (2, 2))
     assert tuple(blank.shape) == (3, tiny.SIDE, tiny.SIDE)
-    expected = counted(lambda: real.encode([blank]))
-    assert imagined.forward_flops(lambda: fake.encode([blank])) == expected > 0
+    expected = counted(lambda: real.encode(Ragged.of([blank])))
+    assert imagined.forward_flops(lambda: fake.encode(Ragged.of([blank]))) == expected > 0
 
 
 class Chain(nn.Module):
@@ -199,28 +201,37 @@ def draft(**changes: Any) -> Draft:
     )
 
 
+def collated(of: Draft, task: str) -> JointBatch:
+    """A microbatch of one task, run once: what a first pass makes and keeps is no activation."""
+    batch = of.objective.collate(of.microbatch(task), 0)
+    forward_only(of.objective, batch, "fp32")
+    return batch
+
+
 def test_checkpointing_keeps_a_block_s_input_and_no_more():
     deep = {"prior": tiny.PRIOR | {"single_stream_depth": 6}}
     of = draft(**deep)
-    plan = of.objective.plan(of.microbatch("captioning"), 0)
-    whole = imagined_step(of.objective, plan, "fp32")
+    batch = collated(of, "captioning")
+    whole = imagined_step(of.objective, batch, "fp32")
     imagined.recompute(of.prior)
-    less = imagined_step(of.objective, plan, "fp32")
-    rows, length = plan.batch.shape
+    less = imagined_step(of.objective, batch, "fp32")
+    rows, length = batch.rows.shape
     inputs = rows * length * of.config.prior.width * 4
     shallow = draft(prior=tiny.PRIOR | {"single_stream_depth": 5})
     imagined.recompute(shallow.prior)
-    plan = shallow.objective.plan(shallow.microbatch("captioning"), 0)
-    assert less.saved - imagined_step(shallow.objective, plan, "fp32").saved == inputs
+    batch = collated(shallow, "captioning")
+    assert less.saved - imagined_step(shallow.objective, batch, "fp32").saved == inputs
     assert less.saved < whole.saved
     assert less.peak < whole.peak
 
 
 def test_the_cpu_keeps_a_mask_for_every_block():
     of = draft(prior=tiny.PRIOR | {"single_stream_depth": 3})
-    plan = of.objective.plan(of.microbatch("continuation"), 0)
-    without, kept = (imagined_step(of.objective, plan, "fp32", keeps_mask=k) for k in (False, True))
-    rows, length = plan.batch.shape
+    batch = collated(of, "continuation")
+    without, kept = (
+        imagined_step(of.objective, batch, "fp32", keeps_mask=k) for k in (False, True)
+    )
+    rows, length = batch.rows.shape
     assert kept.saved - without.saved == 3 * rows * length**2 * 4
 
 

@@ -9,19 +9,15 @@ import torch
 import toys
 
 from unified.config.schema import PriorConfig
+from unified.flow.matching import FlowMatching
 from unified.model.prior import Prior
-from unified.randomness import generator
 from unified.sequence.layout import Layout
 from unified.sequence.visibility import closure
-from unified.training.objectives.joint import flow_loss
 
 
-def corrupted(of, layouts, row_length=64, seeds=None, **options):
-    batch, flow = toys.batch(of, layouts, row_length), toys.flow(layouts, **options)
-    generators = [generator(3, i) for i in (seeds or range(len(of)))]
-    draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, generators)
-    noisy, targets = flow.corrupt(batch, draws)
-    return noisy, targets, draws, flow
+def corrupted(of, layouts, row_length=64, values=None, slots=None, **options):
+    batch = toys.batch(of, layouts, row_length, values, slots)
+    return toys.corrupt(batch, toys.flow(layouts, **options))
 
 
 def reach(model: Prior, batch) -> dict[tuple[int, int], bool]:
@@ -98,16 +94,14 @@ def test_changing_one_entry_changes_what_passes():
 def test_packed_loss_equals_the_samples_one_by_one():
     layouts, of = toys.layouts(unconditional_rate=0.3), toys.samples(10)
     model = toys.prior()
-    noisy, targets, draws, flow = corrupted(of, layouts, clean_prefix_rate=0.3)
-    together = flow.loss(model(noisy), targets, draws)
+    noisy, targets = corrupted(of, layouts, clean_prefix_rate=0.3)
+    together = FlowMatching.loss(model(noisy), targets)
     alone: dict[str, float] = {}
     values = toys.latents(of, layouts)
     for i, sample in enumerate(of):
-        batch = toys.batch([sample], layouts).with_latents([values[i]])
-        one = toys.flow(layouts, clean_prefix_rate=0.3)
-        drawn = one.draw(batch, [sample.task], toys.CHANNELS, [generator(3, i)])
-        z, target = one.corrupt(batch, drawn)
-        for term, value in one.loss(model(z), target, drawn).items():
+        own = {"values": [values[i]], "slots": [i]}
+        z, target = corrupted([sample], layouts, clean_prefix_rate=0.3, **own)
+        for term, value in FlowMatching.loss(model(z), target).items():
             alone[term] = alone.get(term, 0.0) + float(value)
     for term, value in together.items():
         assert float(value) == pytest.approx(alone[term], rel=1e-10)
@@ -121,12 +115,9 @@ def test_order_of_samples_and_row_length_do_not_matter():
     losses = []
     for arrangement, row in ((list(range(9)), 64), (order, 64), (order, 37), (order, None)):
         some = [of[i] for i in arrangement]
-        batch = toys.batch(some, layouts, row).with_latents([values[i] for i in arrangement])
-        flow = toys.flow(layouts)
-        seeds = [generator(3, i) for i in arrangement]
-        draws = flow.draw(batch, [s.task for s in some], toys.CHANNELS, seeds)
-        noisy, targets = flow.corrupt(batch, draws)
-        losses.append(flow.loss(model(noisy), targets, draws))
+        own = [values[i] for i in arrangement]
+        noisy, targets = corrupted(some, layouts, row, own, arrangement)
+        losses.append(FlowMatching.loss(model(noisy), targets))
     for other in losses[1:]:
         for term, value in losses[0].items():
             torch.testing.assert_close(other[term], value, rtol=1e-10, atol=0)
@@ -166,8 +157,10 @@ def test_modulation_runs_once_per_distinct_timestep():
     model.timestep.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     model(noisy)
     assert len(seen) == 1
-    assert torch.equal(seen[0], noisy.time_RL.unique())
-    assert len(seen[0]) < noisy.time_RL.numel()
+    assert seen[0].unique().equal(noisy.time_RL.unique())
+    assert len(seen[0]) == 1 + noisy.groups.shape[1] < noisy.time_RL.numel()
+    model(replace(noisy, timesteps=None))  # as in generation, where the distinct ones are looked up
+    assert seen[1].equal(noisy.time_RL.unique())
 
 
 def test_bad_rope_dim_is_a_sentence():
@@ -181,14 +174,18 @@ def test_padding_is_never_read():
     expected = model(noisy)
     pad = noisy.coordinates.sample < 0
     assert pad.any()
-    other = replace(noisy, time_RL=torch.where(pad, 0.7, noisy.time_RL))
-    for m, v in model(other).items():
-        torch.testing.assert_close(v, expected[m], rtol=1e-12, atol=1e-12)
+    _, index_RL = noisy.timesteps
+    for other in (
+        replace(noisy, time_RL=torch.where(pad, 0.7, noisy.time_RL), timesteps=None),
+        replace(noisy, timesteps=(noisy.timesteps[0], torch.where(pad, 1, index_RL))),
+    ):
+        for m, v in model(other).items():
+            torch.testing.assert_close(v, expected[m], rtol=1e-12, atol=1e-12)
 
 
 def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
     layouts = toys.layouts()
-    noisy, targets, draws, flow = corrupted(toys.samples(12), layouts)
+    noisy, targets = corrupted(toys.samples(12), layouts)
     kept, gradients = {}, {}
     for recompute in (False, True):
         model = toys.prior()
@@ -201,7 +198,7 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-            loss = sum(flow.loss(model(noisy), targets, draws).values())
+            loss = sum(FlowMatching.loss(model(noisy), targets).values())
         kept[recompute] = bytes_
         loss.backward()
         gradients[recompute] = [p.grad for p in model.parameters()]
@@ -214,13 +211,13 @@ def test_recomputed_blocks_keep_less_and_give_the_same_gradient():
 def test_a_modality_that_is_absent_has_gradients_of_zero():
     layouts = toys.layouts()
     of = [s for s in toys.samples(20) if s.task == "continuation"][:3]
-    noisy, targets, draws, _ = corrupted(of, layouts)
+    noisy, targets = corrupted(of, layouts)
     model = toys.prior()
     velocities = model(noisy.with_streams(model.channels))
     assert {m: len(v) for m, v in velocities.items() if not len(v)} == {"image": 0}
     for m, v in model(noisy).items():
         assert v.equal(velocities[m])
-    sum(flow_loss(velocities, targets, draws).values()).backward()
+    sum(FlowMatching.loss(velocities, targets).values()).backward()
     parameters = dict(model.named_parameters())
     assert all(p.grad is not None for p in parameters.values())
     image = [p.grad for n, p in parameters.items() if ".image." in n]

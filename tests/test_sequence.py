@@ -9,7 +9,6 @@ import torch
 import toys
 
 from unified.model.layers import rotary_turns, rotate
-from unified.randomness import generator
 from unified.sequence.layout import Layout, Segment, grid_positions, place
 from unified.sequence.packing import Sample, pack
 
@@ -67,14 +66,16 @@ def test_latents_arrive_where_their_coordinates_say():
     layouts, of = toys.layouts(), toys.samples(8)
     batch = toys.batch(of, layouts)
     values = toys.latents(of, layouts)
-    for span in batch.spans:
-        here = batch.latents[span.segment.modality][span.start : span.stop]
-        kind = span.segment.copies or span.segment.kind
-        assert torch.equal(here, values[span.sample][kind])
-        where = batch.where[span.segment.modality][span.start : span.stop]
-        assert (batch.coordinates.sample.view(-1)[where] == span.sample).all()
-        own = batch.visibility.kind_index[span.segment.kind]
-        assert (batch.coordinates.kind.view(-1)[where] == own).all()
+    found = toys.parts(batch)
+    for part in found:
+        segment = layouts[of[part.sample].task][part.kind]
+        assert part.modality == segment.modality
+        here = batch.latents[part.modality][part.at]
+        assert torch.equal(here, values[part.sample][segment.copies or segment.kind])
+    there = [(i, s.kind) for i, sample in enumerate(of) for s in layouts[sample.task].segments]
+    assert sorted(part[:2] for part in found) == sorted(there)
+    placed = torch.cat(list(batch.where.values())).sort().values
+    assert placed.equal((batch.coordinates.sample.flatten() >= 0).nonzero()[:, 0])
 
 
 def test_a_sample_longer_than_a_row_is_a_sentence():
@@ -93,13 +94,12 @@ def test_a_layout_that_does_not_match_its_table_is_a_sentence():
 
 def test_training_leaves_out_what_no_loss_depends_on():
     layouts = toys.layouts()
-    rule = toys.visibility(layouts)
     sizes = {"continuation": {"C": (6,)}, "captioning": {"P": (3,), "I": (2, 2), "C": (4,)}}
     sizes["text_to_image"] = {"C": (4,), "I": (2, 3)}
 
     def lengths(task: str) -> dict[str, int]:
-        batch = pack([Sample(task, sizes[task])], layouts, rule, None, 3, training=True)
-        return {s.segment.kind: s.stop - s.start for s in batch.spans}
+        batch = toys.batch([Sample(task, sizes[task])], layouts, None, training=True)
+        return {part.kind: len(part.at) for part in toys.parts(batch)}
 
     assert lengths("continuation") == {"C": 4, "N": 6}
     assert lengths("captioning") == {"P": 3, "I": 4, "C": 2, "N": 4}
@@ -108,14 +108,10 @@ def test_training_leaves_out_what_no_loss_depends_on():
 
 def test_the_loss_is_the_same_without_them():
     layouts, of = toys.layouts(unconditional_rate=0.3), toys.samples(12)
-    rule, model, flow = toys.visibility(layouts), toys.prior(), toys.flow(layouts)
-    values, losses, gradients = toys.latents(of, layouts), [], []
+    model, flow, losses, gradients = toys.prior(), toys.flow(layouts), [], []
     for training in (False, True):
-        batch = pack(of, layouts, rule, 64, 3, training).with_latents(values)
-        seeds = [generator(3, i) for i in range(len(of))]
-        draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, seeds)
-        noisy, targets = flow.corrupt(batch, draws)
-        found = flow.loss(model(noisy), targets, draws)
+        noisy, targets = toys.corrupt(toys.batch(of, layouts, training=training), flow)
+        found = flow.loss(model(noisy), targets)
         losses.append({term: float(value.detach()) for term, value in found.items()})
         gradients.append(torch.autograd.grad(sum(found.values()), model.parameters()))
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unified.config.schema import FlowConfig, GenerationConfig, PriorConfig
-from unified.flow.matching import FlowMatching
+from unified.flow.matching import FlowMatching, Target
 from unified.generation.blocks import Request, Session
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.prior import Prior
-from unified.randomness import generator
+from unified.randomness import Chance, generator
 from unified.sequence.layout import Layout
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import PackedBatch, Packer, Sample, latents_of
 from unified.sequence.visibility import Visibility
 from unified.tasks.captioning import Captioning, CaptioningConfig
 from unified.tasks.continuation import Continuation, ContinuationConfig
@@ -78,10 +78,51 @@ def latents(
 
 
 def batch(
-    of: Sequence[Sample], layouts_: Mapping[str, Layout], row_length: int | None = 64
+    of: Sequence[Sample],
+    layouts_: Mapping[str, Layout],
+    row_length: int | None = 64,
+    values: Sequence[Mapping[str, Tensor]] | None = None,
+    slots: Sequence[int] | None = None,
+    training: bool = False,
 ) -> PackedBatch:
-    packed = pack(of, layouts_, visibility(layouts_), row_length, AXES)
-    return packed.with_latents(latents(of, layouts_))
+    """Samples in rows, with their latents (`values`, or random ones)."""
+    rule = visibility(layouts_)
+    packed = Packer(layouts_, rule, AXES, row_length, training)(of, slots=slots).under(rule)
+    values = latents(of, layouts_) if values is None else values
+    return packed.with_latents(latents_of(of, layouts_, values))
+
+
+class Part(NamedTuple):
+    """One segment of one sample: which of its modality's N positions it has, and their blocks."""
+
+    sample: int
+    kind: str
+    modality: str
+    at: Tensor
+    block: Tensor
+
+
+def parts(of: PackedBatch) -> list[Part]:
+    """The segments in a batch, as its coordinates tell them."""
+    kinds = {number: kind for kind, number in of.rules.kind_index.items()}
+    found = []
+    for m, where_N in of.where.items():
+        sample_N, kind_N, block_N = (
+            t.flatten()[where_N]
+            for t in (of.coordinates.sample, of.coordinates.kind, of.coordinates.block)
+        )
+        for sample, kind in torch.stack([sample_N, kind_N], 1).unique(dim=0).tolist():
+            at = ((sample_N == sample) & (kind_N == kind)).nonzero()[:, 0]
+            found.append(Part(sample, kinds[kind], m, at, block_N[at]))
+    return found
+
+
+def corrupt(
+    of: PackedBatch, matching: FlowMatching, seed: int = 3
+) -> tuple[PackedBatch, dict[str, Target]]:
+    """What training makes of a batch, with the chance of `seed`."""
+    kept = matching.keep_beginnings(of, Chance(seed))
+    return matching.corrupt(kept, matching.draw(kept, Chance(seed), CHANNELS))
 
 
 def prior(multi: int = 1, single: int = 1, seed: int = 0, **options: int) -> Prior:
