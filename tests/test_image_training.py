@@ -205,7 +205,9 @@ def test_the_distance_by_its_definition(weights: Path) -> None:
             f = model.features[:depth](colours.double()[None])
             found.append(f / f.norm(dim=1, keepdim=True).clamp_min(1e-6))
         expected = expected + (found[0] - found[1]).detach().square().sum(1).mean()
-    assert float(judge([x[None]], [y[None]])["perceptual"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(judge([x[None]], [y[None]])["perceptual"]) == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_the_backbone_neither_learns_nor_trains(weights: Path) -> None:

@@ -87,18 +87,25 @@ def loss(objective: JointObjective, batch: JointBatch) -> Tensor:
 
 
 @torch.no_grad()
+def seen_in(objective: JointObjective, batch: JointBatch, name: str) -> tuple[Any, Any]:
+    """What the objective asks of its flow's method `name`, and what it is told."""
+    seen: list[tuple[Any, Any]] = []
+    method = getattr(objective.flow, name)
+
+    def watched(*given: Any) -> Any:
+        seen.append((given, method(*given)))
+        return seen[-1][1]
+
+    setattr(objective.flow, name, watched)
+    objective(batch)
+    delattr(objective.flow, name)
+    return seen[0]
+
+
 def draws_of(objective: JointObjective, batch: JointBatch) -> Draws:
     """What chance decides while the objective looks at a batch."""
-    seen, draw = [], objective.flow.draw
-
-    def watched(*given: Any) -> Draws:
-        seen.append(draw(*given))
-        return seen[-1]
-
-    objective.flow.draw = watched  # type: ignore[method-assign]
-    objective(batch)
-    objective.flow.draw = draw  # type: ignore[method-assign]
-    return seen[0]
+    draws: Draws = seen_in(objective, batch, "draw")[1]
+    return draws
 
 
 def owner(item: int) -> tuple[int, int]:
@@ -321,16 +328,13 @@ def test_the_prior_learns_from_samples_or_from_means() -> None:
     for posterior in ("mean", "sample"):
         objective, pipeline = joint({"posterior": posterior})
         batch = objective.collate(tiny.examples(pipeline, 1), 7)
-        seen: list[Any] = []
-        corrupt = objective.flow.corrupt
-        objective.flow.corrupt = lambda rows, draws: (seen.append(rows), corrupt(rows, draws))[1]  # type: ignore[method-assign,func-returns-value]
-        objective(batch)
+        (rows, _), _ = seen_in(objective, batch, "corrupt")
         (q,) = posteriors(objective, batch, "text")
         kinds = [s.kind for s in pipeline.tasks["continuation"].layout.segments]
         drawn = q.sample(noise_of(Chance(0, "joint", 7), 0, kinds.index("C"), q)).values
         expected = q.mean_NC if posterior == "mean" else drawn
-        take = seen[0].take["text"]
-        torch.testing.assert_close(seen[0].latents["text"], expected[take])
+        take = rows.take["text"]
+        torch.testing.assert_close(rows.latents["text"], expected[take])
         assert take.unique().equal(torch.arange(len(expected)))
         assert not torch.allclose(q.mean_NC, drawn)
 
