@@ -8,7 +8,7 @@ BIN    := $(CURDIR)/.venv/bin
 STAGE  ?= $(CURDIR)/build/stage
 
 PLUGINS := modalities tasks configs demos
-SOURCES := unified $(PLUGINS) tests $(wildcard benchmarks)
+SOURCES := unified $(PLUGINS) tests examples $(wildcard benchmarks)
 
 .PHONY: quickstart test lint types tests stage format
 

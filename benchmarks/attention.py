@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unified.config.plugins import build_tasks
+from unified.config.plugins import resolve_model
 from unified.config.schema import PriorConfig
 from unified.model.attention import WITHOUT, attend, see
 from unified.planning.flops import TRAINING, visible_pairs
@@ -44,7 +44,7 @@ TRAINS = ("sdpa", "halves")
 
 def rows_of(length: int, rows: int, args: argparse.Namespace) -> PackedBatch:
     """So many rows of one sample each: `length` positions, half of them clean."""
-    layout = build_tasks(reference.configuration(args.size))["continuation"].layout
+    layout = resolve_model(reference.configuration(args.size)).tasks["continuation"].layout
     rule = Visibility({"continuation": layout.sees})
     samples = [Sample("continuation", {"C": (length // 2,)}) for _ in range(rows)]
     return pack(samples, {"continuation": layout}, rule, None, 3).to(args.device)

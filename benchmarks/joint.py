@@ -34,6 +34,7 @@ import torch
 from train_step import Step
 
 from unified.config.loading import load_config
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config
 from unified.data.examples import Example
 from unified.latents.modality import posteriors_of
@@ -67,8 +68,9 @@ class Joint:
         self.config = configuration(size)
         self.sources = Sources(self.config)
         torch.manual_seed(0)
-        corpora = {name: self.sources.corpus(name) for name in self.config.modalities}
-        self.pipeline = UnifiedPipeline.build(self.config, corpora)
+        self.plugins = resolve_plugins(self.config)
+        corpora = {n: self.sources.corpus(n, self.plugins) for n in self.config.modalities}
+        self.pipeline = UnifiedPipeline.build_from(self.plugins, self.config, corpora)
         for module in self.pipeline.modules.values():
             reference.nudge(module)
         self.device, self.graphs = device, graphs
@@ -85,7 +87,7 @@ class Joint:
         stage = self.config.stages[-1]
         optimizer = stage.optimizer.model_copy(update={"vae_lr_ratio": vae_lr_ratio})
         stage = stage.model_copy(update={"optimizer": optimizer})
-        materials = Materials(self.config, stage, self.pipeline, self.sources)
+        materials = Materials(self.config, stage, self.pipeline, self.sources, self.plugins)
         objective = materials.objective()
         assert isinstance(objective, JointObjective)
         examples = materials.mixture(stage.batch_size, stage.name, workers=0).batch(0)

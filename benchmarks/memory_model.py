@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from machine import forget_peak, resident
 
-from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config, EMAConfig
 from unified.data.streams import Prepared
 from unified.model import attention
 from unified.model.prior import Prior
 from unified.planning.draft import Draft
+from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPU
 from unified.planning.imagined import recompute
 from unified.planning.memory import imagined_step, per_device
-from unified.planning.plan import Request
 from unified.training.ema import EMA
 from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
@@ -80,8 +80,8 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
     """Predicted and measured bytes of one size, in this process."""
     config = configuration(size, learning)
     stage = config.stages[0]
-    cpu = Request(GPU("cpu", {"fp32": 1.0}, 1.0))
-    draft = Draft(config, stage, cpu, "fp32", trust_remote_code=False)
+    cpu = PlanRequest(GPU("cpu", {"fp32": 1.0}, 1.0))
+    draft = Draft(config, stage, cpu, "fp32", resolve_plugins(config))
     examples = [
         Prepared(e.stream, e.key, slot, e.observations)
         for name in draft.tasks
@@ -118,9 +118,10 @@ def train(config: Config, examples: list[Prepared], recomputed: bool) -> int:
     """Peak of resident memory, in bytes, over two optimizer steps, above the beginning's."""
     attention.KEYS = 0
     before = forget_peak()
-    modalities = {n: cls.build(o, None) for n, (cls, o) in modality_plugins(config).items()}
+    plugins = resolve_plugins(config)
+    modalities = {n: cls.build(o, None) for n, (cls, o) in plugins.modalities.items()}
     prior = Prior(config.prior, {n: m.channels for n, m in modalities.items()})
-    layouts = {n: t.layout for n, t in build_tasks(config).items()}
+    layouts = {n: t.layout for n, t in plugins.tasks.items()}
     stage = config.stages[0]
     objective = JointObjective(prior, modalities, layouts, stage, config.flow, 0)
     if recomputed:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from unified.cola.official import FLOW, GENERATION
 from unified.config.loading import load_config
-from unified.config.plugins import build_tasks
+from unified.config.plugins import resolve_model
 from unified.config.schema import Config
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.vae_config import TextVAEConfig
@@ -100,7 +100,7 @@ def build(size: str = "reference", seed: int = 0, device: str = "cpu") -> Unifie
         prior = Prior(config.prior, {"text": text.channels})
         for module in (text, prior):
             nudge(module, seed)
-    return UnifiedPipeline(config, {"text": text}, build_tasks(config), prior)
+    return UnifiedPipeline(config, {"text": text}, resolve_model(config).tasks, prior)
 
 
 def nudge(module: nn.Module, seed: int = 0) -> None:

@@ -43,7 +43,6 @@ from unified.demos.emoji_evaluation import (
 from unified.errors import validated
 from unified.evaluation.nearest import latent_vectors, nearest_centroids, retrieved
 from unified.evaluation.statistics import bootstrap, normalised_edit_distance
-from unified.generation.blocks import Generator
 from unified.generation.items import Inference, Wish
 from unified.pipeline import UnifiedPipeline
 from unified.training.stages import Sources
@@ -166,18 +165,18 @@ class Cases:
 # ---- what is made -------------------------------------------------------------------------------
 
 
-class Recorded(Generator):
-    """A generator that keeps the first block of latents of each request."""
+class Recorded(Inference):
+    """Inference that keeps the first block of latents of each wish."""
 
     first: dict[int, Tensor]
 
-    def stream(self, task: str, target: str, requests: Any, *rest: Any) -> Any:
-        self.first = {}
-        for blocks in super().stream(task, target, requests, *rest):
+    def _items(self, batch: Any, latents: Mapping[int, Tensor]) -> dict[int, Any]:
+        target, requests = self.target.kind, batch.session.requests
+        for i, z in latents.items():
+            given = requests[i].given
             # what a prompt gives is no part of a block that is compared
-            known = [len(r.given[target].values) if target in r.given else 0 for r in requests]
-            self.first = {i: z[known[i] :] for i, z in blocks.items()} | self.first
-            yield blocks
+            self.first.setdefault(i, z[len(given[target].values) if target in given else 0 :])
+        return super()._items(batch, latents)
 
 
 @dataclass(frozen=True)
@@ -192,17 +191,19 @@ class Made:
 def make(model: UnifiedPipeline, case: Case, setting: str, batch: int) -> Made:
     """Everything that `case` asks for, `batch` at once, from noise that depends on its place."""
     settings = chosen(model, setting)
-    runner = Inference(model.modalities, model.tasks, model.prior, case.task)
-    layouts = {name: task.layout for name, task in model.tasks.items()}
-    recorded = runner.generator = Recorded(model.prior, layouts)
+    runner = Recorded(model.modalities, model.tasks, model.prior, case.task)
     items: list[Any] = []
     latents: list[Tensor] = []
     counts: list[int] = []
     hook = model.prior.register_forward_hook(lambda _, args, __: counts.append(positions(args[0])))
     for start in range(0, len(case.wishes), batch):
         wishes = case.wishes[start : start + batch]
-        items += runner.run(wishes, settings, [start + i for i in range(len(wishes))])
-        latents += [recorded.first[i] for i in range(len(wishes))]
+        runner.first = {}
+        made: dict[int, Any] = {}
+        for step in runner.stream(wishes, settings, [start + i for i in range(len(wishes))]):
+            made |= step
+        items += [made[i] for i in range(len(wishes))]
+        latents += [runner.first[i] for i in range(len(wishes))]
     hook.remove()
     return Made(items, latents, sum(counts))
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from unified.tables import table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -70,15 +72,13 @@ class Report:
 
     def text(self) -> str:
         """The table for a terminal."""
-        rows = [row for rows in self.table.values() for row in rows]
-        name, value = (max(len(getattr(r, key)) for r in rows) for key in ("name", "value"))
-        lines = []
-        for heading, found in self.table.items():
-            lines += ["", heading]
-            lines += [
-                f"  {r.name:<{name}}  {r.value:>{value}}   {r.beside}".rstrip() for r in found
-            ]
-        return "\n".join(lines[1:])
+        rows = [(r.name, r.value, r.beside) for found in self.table.values() for r in found]
+        lines = iter(table(rows, "lrl").splitlines())
+        parts = [
+            "\n".join([heading, *(f"  {next(lines)}" for _ in found)])
+            for heading, found in self.table.items()
+        ]
+        return "\n\n".join(parts)
 
 
 def charts(metrics: Path) -> list[Chart]:

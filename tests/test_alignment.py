@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config
 from unified.latents.modality import encode
 from unified.pipeline import UnifiedPipeline
@@ -83,7 +84,9 @@ def joint(
     """The objective in float64, with open gates, and its pipeline."""
     told = settings(aligned, **changes)
     pipeline = tiny.pipeline(told)
-    materials = Materials(told, told.stages[0], pipeline, Sources(told), trust)
+    materials = Materials(
+        told, told.stages[0], pipeline, Sources(told), resolve_plugins(told, trust)
+    )
     objective = materials.objective().double()
     tiny.randomise(pipeline.prior)
     assert isinstance(objective, JointObjective)

@@ -216,3 +216,27 @@ def test_the_check_finds_another_token(monkeypatch: pytest.MonkeyPatch):
 def test_the_exponent_is_that_of_a_power():
     x = [1.0, 2.0, 4.0, 8.0]
     assert scaling.exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
+
+
+# ---- frames -------------------------------------------------------------------------------------
+
+
+def test_calls_stay_shallow_and_functions_short(tmp_path):
+    """From `text_to_image` to the prior, and in the lengths of all functions."""
+    frames = scripts.load("frames")
+    found = frames.generating(frames.tiny(tmp_path))
+    assert found[0].endswith("text_to_image")
+    assert found[-1] == "unified/model/prior.py:Prior.forward"
+    assert len(found) <= 8, "\n".join(found)
+    lengths = frames.functions()
+    assert lengths[len(lengths) // 10][0] <= 25
+    assert lengths[0][0] <= 60, lengths[0]
+
+
+@pytest.mark.slow
+def test_the_depth_of_training_is_counted(capsys):
+    generate, train, functions = run("frames", [], capsys)["rows"]
+    assert generate["frames"] == len(generate["list"]) <= 8
+    assert train["list"][0] == "unified/cli.py:main"
+    assert train["frames"] == len(train["list"])
+    assert functions["nine_in_ten"] <= functions["longest"] <= 60

@@ -134,11 +134,11 @@ def test_show_model_counts_the_official_models(capsys):
 
 def test_show_model_counts_what_the_model_has(config, capsys):
     from unified.config.loading import load_config
-    from unified.config.plugins import modality_plugins
+    from unified.config.plugins import resolve_model
     from unified.model.prior import Prior
 
     read = load_config(config)
-    cls, options = modality_plugins(read)["text"]
+    cls, options = resolve_model(read).modalities["text"]
     text = cls.build(options, None)
     prior = Prior(read.prior, channels={"text": text.channels})
     counted = json.loads(run(capsys, "show", "model", config, "--json"))["modules"]

@@ -10,7 +10,7 @@ import pytest
 
 from unified.config import loading as configuring
 from unified.config.loading import dump_config, load_config, save_config
-from unified.config.plugins import build_tasks, validate_plugins
+from unified.config.plugins import resolve_model, resolve_plugins
 
 BASE = """
 modalities:
@@ -181,14 +181,14 @@ def test_bad_yaml_is_told_in_one_line(tmp_path, text, says):
 
 def complaint(base, *overrides) -> str:
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers compare the text
-        validate_plugins(load_config(base, overrides), source="base.yaml")
+        resolve_plugins(load_config(base, overrides), source="base.yaml")
     return str(caught.value)
 
 
 def test_parts_that_fit_are_accepted(base):
     config = load_config(base)
-    validate_plugins(config)
-    assert build_tasks(config)["continuation"].config.block == 8
+    resolve_plugins(config)
+    assert resolve_model(config).tasks["continuation"].config.block == 8
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import torch
 import toys
 from devices import DEVICES
 
-from unified.generation.blocks import Generator, Request
-from unified.generation.sampler import Sampler
+from unified.generation.blocks import Request
 from unified.latents.modality import Latent
 from unified.model.attention import WITHOUT
 from unified.model.prior import Prior
@@ -72,7 +71,7 @@ def generated(model: Prior, task: str, **settings: Any) -> torch.Tensor:
     for seed in range(3):
         latents = toys.latents([toys.Sample(task, given)], layouts, seed)[0]
         made.append(Request({k: Latent(z, given[k]) for k, z in latents.items()}, grid, seed))
-    found = Generator(model, layouts).run(task, target, made, Sampler(6, 2.0, **settings))
+    found = toys.generate(model, layouts, task, target, made, toys.settings(6, 2.0, **settings))
     return torch.stack([z.values for z in found]).to(CPU, torch.float64)
 
 

@@ -11,7 +11,7 @@ import toys
 from unified.config.schema import TimestepConfig
 from unified.flow.matching import FlowMatching
 from unified.flow.path import path, velocity
-from unified.flow.solvers import integrate
+from unified.flow.solvers import SOLVERS, Adaptive, integrate, to_data, to_noise
 from unified.flow.timesteps import draw_timesteps
 from unified.flow.timesteps import round_timesteps as rounded
 from unified.randomness import generator
@@ -36,7 +36,7 @@ def test_path_and_velocity_round_trip():
 @pytest.mark.parametrize("steps", [1, 3, 16])
 def test_solvers_are_exact_on_straight_paths(solver: str, steps: int):
     z0, eps = torch.randn(2, 5, 4, dtype=torch.float64).unbind(0)
-    reached = integrate(lambda z, t: velocity(z0, eps), eps, steps, solver)
+    reached = integrate(lambda z, t: velocity(z0, eps), eps, to_data(steps, eps), solver)
     torch.testing.assert_close(reached, z0, atol=1e-12, rtol=0)
 
 
@@ -46,17 +46,54 @@ def test_heun_is_second_order_and_euler_first():
     exact = torch.exp(-z)
 
     def error(steps: int, solver: str) -> float:
-        return float((integrate(lambda z, t: z, z, steps, solver) - exact).abs())
+        return float((integrate(lambda z, t: z, z, to_data(steps, z), solver) - exact).abs())
 
     assert 1.8 < error(32, "euler") / error(64, "euler") < 2.2
     assert 3.6 < error(32, "heun") / error(64, "heun") < 4.4
 
 
+def test_one_set_of_solvers_takes_the_steps_of_the_textbook():
+    """Bit for bit in the arithmetic of generation, at timesteps that are exactly the schedule's."""
+    z0, asked = torch.randn(5, 4, generator=generator(0)), []
+
+    def field(z, t):
+        asked.append(t)
+        return z.sin() * (1 + t)
+
+    steps = to_data(6, z0, shift=3.0)
+    euler, heun, ab2, before = z0, z0, z0, None
+    for t, t_next, h in steps:
+        euler = euler + h * field(euler, t)
+        first = field(heun, t)
+        heun = heun + h * 0.5 * (first + field(heun + h * first, t_next))
+        v = field(ab2, t)
+        ab2 = ab2 + h * (v if before is None else v + 0.5 * h / before[1] * (v - before[0]))
+        before = v, h
+    asked.clear()
+    for solver, wanted in {"euler": euler, "heun": heun, "ab2": ab2}.items():
+        assert torch.equal(integrate(field, z0, steps, solver), wanted)
+    times = {float(t) for step in steps for t in step[:2]}
+    assert {float(t) for t in asked} <= times
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2", "rk4", "dopri5"])
+def test_every_solver_goes_either_way(solver: str):
+    """dz/dt = z: from t = 0 to 1 times e, and back."""
+    z = torch.ones(3, 2, dtype=torch.float64)
+    there = integrate(lambda z, t: z, z, to_noise(200, z), solver)
+    back = integrate(lambda z, t: z, there, to_data(200, z), solver)
+    torch.testing.assert_close(there, z * torch.e, atol=1e-2, rtol=0)
+    torch.testing.assert_close(back, z, atol=1e-2, rtol=0)
+    if SOLVERS[solver].error:
+        exact = integrate(lambda z, t: z, z, Adaptive(1e-9, z), solver)
+        torch.testing.assert_close(exact, z * torch.e, atol=1e-8, rtol=0)
+
+
 def test_unknown_solver_and_no_steps_are_sentences():
     with pytest.raises(ValueError, match="unknown solver 'rk9'"):
-        integrate(lambda z, t: z, torch.ones(1), 4, "rk9")
+        integrate(lambda z, t: z, torch.ones(1), [], "rk9")
     with pytest.raises(ValueError, match="num_steps must be at least 1"):
-        integrate(lambda z, t: z, torch.ones(1), 0)
+        to_data(0, torch.ones(1))
 
 
 def test_timestep_distributions():

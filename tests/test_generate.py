@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import recording
@@ -12,9 +13,9 @@ import torch
 import toys
 from torch._dynamo.testing import CompileCounter
 
-from unified.flow.solvers import integrate
-from unified.generation.blocks import Generator, Request
-from unified.generation.sampler import Sampler
+from unified.config.schema import GenerationConfig
+from unified.flow.solvers import integrate, to_data
+from unified.generation.blocks import Request, Session
 from unified.latents.modality import Latent
 from unified.model.cache import KVCache
 from unified.model.kernels.graphs import Recording
@@ -62,7 +63,9 @@ REQUESTS = {
 }
 
 
-def full_forward(model, layouts, task: str, target: str, request: Request, sampler: Sampler):
+def full_forward(
+    model, layouts, task: str, target: str, request: Request, settings: GenerationConfig
+):
     """The target by whole-sequence forwards: no cache, every position present in each."""
     layout = layouts[task]
     text = target == "C"
@@ -83,9 +86,9 @@ def full_forward(model, layouts, task: str, target: str, request: Request, sampl
             x = torch.where(pinned[:, None], z, x)
             here = (model, layout, task, target, noisy, request, history, x, t, pinned)
             v_c, v_u = velocity(*here, False), velocity(*here, True)
-            return (v_u + sampler.guidance_scale * (v_c - v_u)) * ~pinned[:, None]
+            return (v_u + settings.guidance_scale * (v_c - v_u)) * ~pinned[:, None]
 
-        z = integrate(field, z, sampler.num_steps, sampler.solver)
+        z = integrate(field, z, to_data(settings.num_steps, z), settings.solver)
         done, known, committed = torch.cat([done[:committed], z]), 0, committed + size
     return done
 
@@ -122,32 +125,32 @@ def velocity(model, layout, task, target, noisy, request, done, x, t, pinned, un
 def test_cached_generation_equals_the_full_forward(task: str, scale: float):
     layouts, model = toys.layouts(BLOCK), toys.prior(multi=1, single=2)
     target, requests = REQUESTS[task]
-    sampler = Sampler(num_steps=3, guidance_scale=scale)
-    made = Generator(model, layouts).run(task, target, requests, sampler)
+    settings = toys.settings(num_steps=3, guidance_scale=scale)
+    made = toys.generate(model, layouts, task, target, requests, settings)
     with torch.no_grad():
         for request, got in zip(requests, made, strict=True):
-            expected = full_forward(model, layouts, task, target, request, sampler)
+            expected = full_forward(model, layouts, task, target, request, settings)
             torch.testing.assert_close(got.values, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("task", REQUESTS)
 def test_a_result_does_not_depend_on_its_batch(task: str):
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     target, requests = REQUESTS[task]
-    sampler = Sampler(num_steps=4, guidance_scale=2.0, solver="heun")
-    together = maker.run(task, target, requests, sampler)
-    backwards = maker.run(task, target, requests[::-1], sampler)[::-1]
+    settings = toys.settings(num_steps=4, guidance_scale=2.0, solver="heun")
+    together = maker(task, target, requests, settings)
+    backwards = maker(task, target, requests[::-1], settings)[::-1]
     for i, request in enumerate(requests):
-        alone = maker.run(task, target, [request], sampler)[0]
+        alone = maker(task, target, [request], settings)[0]
         for other in (together[i], backwards[i]):
             torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
 
 
 def test_the_known_beginning_is_kept():
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     _, requests = REQUESTS["continuation"]
     for request, made in zip(
-        requests, maker.run("continuation", "C", requests, Sampler(4)), strict=True
+        requests, maker("continuation", "C", requests, toys.settings(4)), strict=True
     ):
         given = request.given.get("C", latent("text", 0)).values
         assert torch.equal(made.values[: len(given)], given)
@@ -155,15 +158,16 @@ def test_the_known_beginning_is_kept():
 
 
 def test_streaming_yields_growing_blocks_and_stops_each_sample():
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    of = (toys.prior(), toys.layouts(BLOCK))
     requests = [Request({}, (8,), 1), Request({}, (8,), 2)]
-    whole = maker.run("continuation", "C", requests, Sampler(2))
-
-    def stop(ids, so_far):
-        return [i == 0 and len(z) >= 4 for i, z in zip(ids, so_far, strict=True)]
+    asked = ("continuation", "C", requests, toys.settings(2))
+    whole = toys.generate(*of, *asked)
 
     lengths = []
-    for blocks in maker.stream("continuation", "C", requests, Sampler(2), stop):
+    session = Session(*of, *asked)
+    while session.active:
+        blocks = session.step()
+        session.finish([i for i, z in blocks.items() if i == 0 and len(z) >= 4])
         lengths.append({i: len(z) for i, z in blocks.items()})
         for i, z in blocks.items():
             torch.testing.assert_close(z, whole[i].values[: len(z)], rtol=0, atol=1e-10)
@@ -176,18 +180,18 @@ def test_guidance_one_needs_no_unconditional_pass():
     model.blocks[0].register_forward_hook(
         lambda _, args, __: widths.append(args[1].geometry.shape[1])
     )
-    maker = Generator(model, toys.layouts(BLOCK))
+    maker = partial(toys.generate, model, toys.layouts(BLOCK))
     for scale in (1.0, 2.0):
-        maker.run("continuation", "C", [Request({}, (2,), 0)], Sampler(1, scale))
+        maker("continuation", "C", [Request({}, (2,), 0)], toys.settings(1, scale))
     assert widths == [BLOCK, 2 * BLOCK]
 
 
 def test_what_is_missing_is_named():
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     with pytest.raises(ValueError, match="captioning needs I, P to generate C; given: nothing"):
-        maker.run("captioning", "C", [Request({}, (4,), 0)], Sampler(1))
+        maker("captioning", "C", [Request({}, (4,), 0)], toys.settings(1))
     with pytest.raises(ValueError, match="this task cannot generate P"):
-        maker.run("captioning", "P", [Request({}, (4,), 0)], Sampler(1))
+        maker("captioning", "P", [Request({}, (4,), 0)], toys.settings(1))
 
 
 # ---- recorded -----------------------------------------------------------------------------------
@@ -197,16 +201,16 @@ def test_what_is_missing_is_named():
 @pytest.mark.parametrize("task", REQUESTS)
 def test_a_recorded_step_gives_what_a_step_gives(task: str, settings: dict, monkeypatch):
     target, requests = REQUESTS[task]
-    generator = Generator(toys.prior(), toys.layouts(BLOCK))
-    sampler = Sampler(8, 2.0, graphs=True, **settings)
-    plain = generator.run(task, target, requests, sampler)
+    generator = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
+    settings = toys.settings(8, 2.0, graphs=True, **settings)
+    plain = generator(task, target, requests, settings)
     recording.install(monkeypatch)
-    recorded = generator.run(task, target, requests, sampler)
+    recorded = generator(task, target, requests, settings)
     assert recording.Graph.replays > 0
     for one, other in zip(plain, recorded, strict=True):
         assert torch.equal(one.values, other.values)
     monkeypatch.setattr(recording.Graph, "replays", 0)
-    generator.run(task, target, requests, replace(sampler, graphs=False))
+    generator(task, target, requests, settings.model_copy(update={"graphs": False}))
     assert recording.Graph.replays == 0
 
 
@@ -224,10 +228,10 @@ def test_a_recording_is_gone_when_it_is_let_go_of(monkeypatch):
     """It is in no cycle, so that no other one is being made when it is deleted."""
     recording.install(monkeypatch)
     target, requests = REQUESTS["continuation"]
-    generator = Generator(toys.prior(), toys.layouts(BLOCK))
+    generator = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     gc.disable()
     try:
-        generator.run("continuation", target, requests, Sampler(4, 2.0, graphs=True))
+        generator("continuation", target, requests, toys.settings(4, 2.0, graphs=True))
         assert not [x for x in gc.get_objects() if isinstance(x, Recording)]
     finally:
         gc.enable()
@@ -236,11 +240,11 @@ def test_a_recording_is_gone_when_it_is_let_go_of(monkeypatch):
 # ---- compiled -----------------------------------------------------------------------------------
 
 
-def both(model, other, task: str, sampler: Sampler):
+def both(model, other, task: str, settings: GenerationConfig):
     """What each of two priors makes of the same requests."""
     target, requests = REQUESTS[task]
     made = (
-        Generator(p, toys.layouts(BLOCK)).run(task, target, requests, sampler)
+        toys.generate(p, toys.layouts(BLOCK), task, target, requests, settings)
         for p in (model, other)
     )
     return zip(*made, strict=True)
@@ -250,7 +254,7 @@ def both(model, other, task: str, sampler: Sampler):
 def test_a_cache_of_fixed_size_changes_nothing(task: str):
     model, other = toys.prior(), toys.prior()
     other.static = True
-    for a, b in both(model, other, task, Sampler(3, 2.0)):
+    for a, b in both(model, other, task, toys.settings(3, 2.0)):
         torch.testing.assert_close(a.values, b.values, atol=1e-10, rtol=0)
 
 
@@ -278,13 +282,13 @@ def test_compiled_blocks_share_their_graphs(task: str):
     graphs = CompileCounter()
     model, compiled = toys.prior(multi=0, single=3), toys.prior(multi=0, single=3)
     compiled.compile(backend=graphs, fullgraph=True, dynamic=False)
-    for a, b in both(model, compiled, task, Sampler(3, 2.0)):
+    for a, b in both(model, compiled, task, toys.settings(3, 2.0)):
         torch.testing.assert_close(a.values, b.values, atol=1e-10, rtol=0)
     shapes = set()
     spy = toys.prior(multi=0, single=3)
     spy.static = True
     spy.blocks[0].register_forward_hook(lambda _, args, __: shapes.add(args[1].geometry.shape))
-    list(both(model, spy, task, Sampler(3, 2.0)))
+    list(both(model, spy, task, toys.settings(3, 2.0)))
     # a step in which some positions are known looks timesteps up for each of them
     assert graphs.frame_count <= 2 * len(shapes)
 
@@ -295,5 +299,5 @@ def test_compiling_again_replaces_what_was_compiled():
     model.compile(backend=first)
     model.compile(backend=second)
     target, requests = REQUESTS["continuation"]
-    Generator(model, toys.layouts(BLOCK)).run("continuation", target, requests, Sampler(1))
+    toys.generate(model, toys.layouts(BLOCK), "continuation", target, requests, toys.settings(1))
     assert first.frame_count == 0 < second.frame_count

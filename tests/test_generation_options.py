@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,34 +13,38 @@ import torch
 import toys
 from torch import Tensor
 
-from unified.flow.solvers import integrate, renoise, repaint, schedule
-from unified.generation.blocks import Generator, Request
-from unified.generation.guidance import Settling
+from unified.config.schema import GenerationConfig
+from unified.data.streams import Prepared
+from unified.flow.solvers import integrate, renoise, repaint, schedule, to_data
+from unified.generation.blocks import Request
+from unified.generation.guidance import Settling, guides
 from unified.generation.items import Inference, Wish
-from unified.generation.sampler import Sampler
 from unified.latents.modality import Choice, Latent
 from unified.modalities.text.decoding import choose, probabilities
 from unified.model.kernels.linear import product_dtype
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import generator
+from unified.randomness import derive, generator
+from unified.training import samples
 
 BLOCK = 4
 PROMPT = Latent(torch.randn(6, 3, generator=generator(0), dtype=torch.float64), (6,))
 
 
-def made(sampler: Sampler, given: Latent | None = PROMPT, seed: int = 1) -> Tensor:
+def made(settings: GenerationConfig, given: Latent | None = PROMPT, seed: int = 1) -> Tensor:
     """A continuation of 6 known latents (one whole block and half of the next) to 12."""
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     request = Request({} if given is None else {"C": given}, (12,), seed)
-    return maker.run("continuation", "C", [request], sampler)[0].values
+    return maker("continuation", "C", [request], settings)[0].values
 
 
 # ---- solvers and their steps --------------------------------------------------------------------
 
 
 def test_the_multistep_solver_is_of_second_order() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+
     def error(steps: int) -> float:
-        z = integrate(lambda z, t: z * t, torch.ones(1, dtype=torch.float64), steps, "ab2")
+        z = integrate(lambda z, t: z * t, one, to_data(steps, one), "ab2")
         return abs(float(z) - math.exp(-0.5))
 
     assert 3.5 < error(32) / error(64) < 4.5
@@ -74,7 +79,7 @@ def test_a_time_shift_spends_steps_on_noise() -> None:
 )
 def test_an_option_changes_the_latents(change: dict[str, Any]) -> None:
     base = {"num_steps": 4, "guidance_scale": 2.0}
-    plain, other = made(Sampler(**base)), made(Sampler(**(base | change)))
+    plain, other = made(toys.settings(**base)), made(toys.settings(**(base | change)))
     assert other.shape == plain.shape
     assert not torch.allclose(other, plain, atol=1e-6)
 
@@ -89,8 +94,8 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
         lambda _, args, __: widths.append(args[1].geometry.shape[1])
     )
     request = Request({}, (BLOCK,), 0)
-    sampler = Sampler(4, 2.0, guidance_interval=(0.5, 0.8))
-    Generator(model, toys.layouts(BLOCK)).run("continuation", "C", [request], sampler)
+    settings = toys.settings(4, 2.0, guidance_interval=(0.5, 0.8))
+    toys.generate(model, toys.layouts(BLOCK), "continuation", "C", [request], settings)
     assert widths == [BLOCK, 2 * BLOCK, 2 * BLOCK, BLOCK]
 
 
@@ -101,9 +106,9 @@ def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
     seen: list[Tensor] = []
     model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
     request = Request({}, (BLOCK,), 0)
-    sampler = Sampler(num_steps=20, guidance_scale=2.0, guider="zero_star")
+    settings = toys.settings(num_steps=20, guidance_scale=2.0, guider="zero_star")
     noise = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
-    z = Generator(model, layouts).run("continuation", "C", [request], sampler)[0].values
+    z = toys.generate(model, layouts, "continuation", "C", [request], settings)[0].values
     by_hand = noise
     for step, v in enumerate(seen):
         c, u = v.split(BLOCK)
@@ -117,17 +122,17 @@ def test_cfg_zero_star_scales_the_unconditional_velocity() -> None:
 def test_a_guider_sees_what_is_unknown_of_one_block(guider: str) -> None:
     """What the prior says at known positions is not trained, and changes nothing."""
     model = toys.prior()
-    sampler = Sampler(4, 2.0, guider=guider)
+    settings = toys.settings(4, 2.0, guider=guider)
     requests = [Request({"C": PROMPT}, (8,), 1), Request({}, (8,), 2)]
-    maker = Generator(model, toys.layouts(BLOCK))
-    plain = maker.run("continuation", "C", requests, sampler)
+    maker = partial(toys.generate, model, toys.layouts(BLOCK))
+    plain = maker("continuation", "C", requests, settings)
 
     def spoilt(_m: Any, args: Any, out: dict[str, Tensor]) -> dict[str, Tensor]:
         at_rest = args[0].time_RL.view(-1)[args[0].where["text"]] == 0
         return {"text": torch.where(at_rest[:, None], 1e3, out["text"])}
 
     model.register_forward_hook(spoilt)
-    other = maker.run("continuation", "C", requests, sampler)
+    other = maker("continuation", "C", requests, settings)
     for one, two in zip(plain, other, strict=True):
         torch.testing.assert_close(one.values, two.values)
 
@@ -138,9 +143,9 @@ def test_the_step_that_zero_star_leaves_out_is_the_first_of_all() -> None:
     model = toys.prior()
     seen: list[Tensor] = []
     model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
-    made_by = Generator(model, toys.layouts(BLOCK))
-    z = made_by.run("continuation", "C", [Request({}, (BLOCK,), 0)],
-                    Sampler(**base, guider="zero_star"))[0].values  # fmt: skip
+    made_by = partial(toys.generate, model, toys.layouts(BLOCK))
+    z = made_by("continuation", "C", [Request({}, (BLOCK,), 0)],
+                    toys.settings(**base, guider="zero_star"))[0].values  # fmt: skip
     by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
     for v in seen:
         c, *u = v.split(BLOCK)
@@ -153,21 +158,23 @@ def test_the_step_that_zero_star_leaves_out_is_the_first_of_all() -> None:
 
 @pytest.mark.parametrize("steps", [5, 10])
 def test_the_ends_of_the_interval_are_inside(steps: int) -> None:
-    sampler = Sampler(steps, 2.0, guidance_interval=(0.2, 0.8))
+    settings = toys.settings(steps, 2.0, guidance_interval=(0.2, 0.8))
     times = schedule(steps, torch.zeros(1))
-    guided = [round(float(t), 2) for t in times if sampler.guides(t)]
+    guided = [round(float(t), 2) for t in times if guides(settings, t)]
     assert (guided[0], guided[-1]) == (0.8, 0.2)
 
 
 # ---- shortcuts ----------------------------------------------------------------------------------
 
 
-def passes(sampler: Sampler, requests: Sequence[Request]) -> tuple[list[Latent], list[int]]:
+def passes(
+    settings: GenerationConfig, requests: Sequence[Request]
+) -> tuple[list[Latent], list[int]]:
     """What is made, and how many positions each pass of the prior has."""
     model, sizes = toys.prior(), []
     model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].time_RL.numel()))
-    made_by = Generator(model, toys.layouts(BLOCK))
-    return made_by.run("continuation", "C", requests, sampler), sizes
+    made_by = partial(toys.generate, model, toys.layouts(BLOCK))
+    return made_by("continuation", "C", requests, settings), sizes
 
 
 @pytest.mark.parametrize(
@@ -182,8 +189,8 @@ def passes(sampler: Sampler, requests: Sequence[Request]) -> tuple[list[Latent],
 def test_the_unconditional_pass_is_made_in_one_of_so_many_guided_steps(
     changes: dict[str, Any], copies: list[int]
 ) -> None:
-    sampler = Sampler(6, 2.0, unconditional_every=3, **changes)
-    _, sizes = passes(sampler, [Request({}, (BLOCK,), 0)])
+    settings = toys.settings(6, 2.0, unconditional_every=3, **changes)
+    _, sizes = passes(settings, [Request({}, (BLOCK,), 0)])
     assert sizes == [BLOCK * n for n in copies]
 
 
@@ -191,9 +198,9 @@ def test_between_unconditional_passes_guidance_adds_what_it_added() -> None:
     """``v_c + (scale - 1) d`` with d = v_c - v_u of the step before, by hand."""
     model, seen = toys.prior(), []
     model.register_forward_hook(lambda *a: seen.append(a[2]["text"].clone()))
-    sampler = Sampler(4, 3.0, unconditional_every=2)
-    maker = Generator(model, toys.layouts(BLOCK))
-    z = maker.run("continuation", "C", [Request({}, (BLOCK,), 0)], sampler)[0].values
+    settings = toys.settings(4, 3.0, unconditional_every=2)
+    maker = partial(toys.generate, model, toys.layouts(BLOCK))
+    z = maker("continuation", "C", [Request({}, (BLOCK,), 0)], settings)[0].values
     by_hand = torch.randn(BLOCK, 3, generator=generator(0, "continuation", "C", 0)).double()
     for full, held in (seen[:2], seen[2:]):
         v_c, v_u = full.split(BLOCK)
@@ -226,9 +233,9 @@ def test_a_settled_block_goes_straight_on_and_the_others_without_it(solver: str)
     """Of three blocks, one settles at the second step, one at the third, and one never does."""
     script = {"a": [2.0, 2, 8, 8, 8], "b": [1.0, 3, 3, 9, 9], "c": [1.0, 2, 4, 8, 16]}
     field: Any = Scripted(script, 4)
-    z = integrate(Settling(field, 0.01), torch.zeros(3, 1), 4, solver)
+    z = integrate(Settling(field, 0.01), torch.zeros(3, 1), to_data(4, torch.zeros(1)), solver)
     held = {"a": [2.0] * 5, "b": [1.0, 3, 3, 3, 3], "c": script["c"]}
-    wanted = integrate(Scripted(held, 4), torch.zeros(3, 1), 4, solver)
+    wanted = integrate(Scripted(held, 4), torch.zeros(3, 1), to_data(4, torch.zeros(1)), solver)
     torch.testing.assert_close(z, wanted)
     assert list(dict.fromkeys(field.asked)) == ["abc", "bc", "c"]
     assert len(field.asked) == (8 if solver == "heun" else 4)
@@ -237,7 +244,7 @@ def test_a_settled_block_goes_straight_on_and_the_others_without_it(solver: str)
 def test_when_all_have_settled_there_are_no_more_passes() -> None:
     """A velocity that does not change is followed exactly, at the cost of two passes."""
     field: Any = Scripted({"a": [2.0] * 9, "b": [-1.0] * 9}, 8)
-    z = integrate(Settling(field, 0.01), torch.ones(2, 1), 8)
+    z = integrate(Settling(field, 0.01), torch.ones(2, 1), to_data(8, torch.ones(1)))
     torch.testing.assert_close(z, torch.tensor([[-1.0], [2.0]]))
     assert field.asked == ["ab", "ab"]
 
@@ -255,7 +262,7 @@ def test_a_block_has_settled_when_a_straight_line_misses_by_little(shift: float)
             return 4 + t.expand(1, 1)
 
     field: Any = Linear()
-    integrate(Settling(field, 0.02), torch.zeros(1, 1), 20, shift=shift)
+    integrate(Settling(field, 0.02), torch.zeros(1, 1), to_data(20, torch.zeros(1), shift))
     close = [t for t in schedule(20, torch.zeros(1), shift).tolist() if t**2 / 2 < 0.02 * (4 + t)]
     assert asked[-1] == close[0]
 
@@ -266,11 +273,11 @@ def test_a_shortcut_does_not_depend_on_the_batch(solver: str, change: dict[str, 
     """Blocks settle at steps of their own, also while guidance is held."""
     whole = Latent(torch.cat([PROMPT.values, PROMPT.values[:2]]), (8,))
     requests = [Request(g, (12,), i) for i, g in enumerate(({"C": whole}, {}, {"C": PROMPT}))]
-    sampler = Sampler(9, 2.0, solver, **change)
-    together, sizes = passes(sampler, requests)
+    settings = toys.settings(9, 2.0, solver, **change)
+    together, sizes = passes(settings, requests)
     assert len(set(sizes)) > 2
     for request, other in zip(requests, together, strict=True):
-        alone = passes(sampler, [request])[0][0]
+        alone = passes(settings, [request])[0][0]
         torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
 
 
@@ -295,14 +302,14 @@ def pulled(z: Tensor, t: Tensor) -> Tensor:
 
 def test_partial_repaint_guides_in_its_share_of_the_steps() -> None:
     """With a velocity of 0, the known part stays where the last guided step has put it."""
-    calls = []
+    calls, steps = [], to_data(10, START)
 
     def still(z: Tensor, t: Tensor) -> Tensor:
         calls.append(float(t))
         return torch.zeros_like(z)
 
     def run(share: float, times: int = 1) -> Tensor:
-        return repaint(still, START, KNOWN, WHERE, noises(), 10, "euler", 1.0, share, times)
+        return repaint(still, START, KNOWN, WHERE, noises(), steps, "euler", share, times)
 
     drawn = [next(n) for n in [noises()] for _ in range(10)]
     assert run(0.0).equal(START)
@@ -313,7 +320,7 @@ def test_partial_repaint_guides_in_its_share_of_the_steps() -> None:
     calls.clear()
     run(0.3, 3)
     assert len(calls) == 3 * 3 + 7
-    free = repaint(pulled, START, KNOWN, WHERE, noises(), 10, "euler", 1.0, 0.0, 1)
+    free = repaint(pulled, START, KNOWN, WHERE, noises(), steps, "euler", 0.0, 1)
     torch.testing.assert_close(free, torch.full_like(free, 3.0), atol=1e-5, rtol=0)
 
 
@@ -321,25 +328,25 @@ def test_partial_repaint_guides_in_its_share_of_the_steps() -> None:
 @pytest.mark.parametrize("solver", ["euler", "ab2"])
 def test_a_repainted_result_does_not_depend_on_its_batch(times: int, solver: str) -> None:
     """Beside a prompt of whole blocks, none, and one that ends inside a block."""
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
     whole = Latent(torch.cat([PROMPT.values, PROMPT.values[:2]]), (8,))
     requests = [Request(g, (12,), i) for i, g in enumerate(({"C": whole}, {}, {"C": PROMPT}))]
-    sampler = Sampler(4, 2.0, solver, first_block="partial", repaint_times=times)
-    together = maker.run("continuation", "C", requests, sampler)
+    settings = toys.settings(4, 2.0, solver, first_block="partial", repaint_times=times)
+    together = maker("continuation", "C", requests, settings)
     for request, other in zip(requests, together, strict=True):
-        alone = maker.run("continuation", "C", [request], sampler)[0]
+        alone = maker("continuation", "C", [request], settings)[0]
         torch.testing.assert_close(other.values, alone.values, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("strategy", ["clean", "partial"])
 def test_noise_that_is_given_is_used(strategy: str) -> None:
-    maker = Generator(toys.prior(), toys.layouts(BLOCK))
-    sampler = Sampler(2, 1.0, first_block=strategy)
+    maker = partial(toys.generate, toys.prior(), toys.layouts(BLOCK))
+    settings = toys.settings(2, 1.0, first_block=strategy)
     noise = [torch.randn(BLOCK, 3, generator=generator(i), dtype=torch.float64) for i in range(2)]
 
     def run(shift: float) -> Tensor:
         given = Request({"C": PROMPT}, (12,), 1, [n + shift for n in noise])
-        return maker.run("continuation", "C", [given], sampler)[0].values
+        return maker("continuation", "C", [given], settings)[0].values
 
     assert run(0.0).equal(run(0.0))
     assert not torch.allclose(run(0.0)[6:], run(5.0)[6:])
@@ -356,7 +363,7 @@ def test_renoising_keeps_the_path() -> None:
 
 
 def test_clean_repaint_keeps_the_prompt_and_partial_lets_it_move() -> None:
-    clean, partial = (made(Sampler(4, 1.0, first_block=x)) for x in ("clean", "partial"))
+    clean, partial = (made(toys.settings(4, 1.0, first_block=x)) for x in ("clean", "partial"))
     assert clean[:6].equal(PROMPT.values)
     assert partial[:4].equal(PROMPT.values[:4])
     assert not torch.allclose(partial[4:6], PROMPT.values[4:6], atol=1e-3)
@@ -371,19 +378,11 @@ def model() -> UnifiedPipeline:
 
 
 def request(model: UnifiedPipeline, prompt: str, **settings: Any) -> Request:
-    """What the generator is asked, to continue `prompt` by 8 tokens."""
-    seen: list[Request] = []
+    """What is asked of the prior, to continue `prompt` by 8 tokens."""
     chosen = model.config.generation.model_copy(update=settings)
     runner = Inference(model.modalities, model.tasks, model.prior, "continuation")
-    stream = runner.generator.stream
-
-    def recorded(task: str, target: str, requests: Any, *rest: Any) -> Any:
-        seen.extend(requests)
-        return stream(task, target, requests, *rest)
-
-    runner.generator.stream = recorded  # type: ignore[method-assign]
-    runner.run([Wish({"C": prompt}, 8)], chosen, 0)
-    return seen[0]
+    with torch.no_grad():
+        return runner._begin([Wish({"C": prompt}, 8)], chosen, [0]).session.requests[0]
 
 
 def test_padding_fills_the_prompt_up_to_whole_blocks(model: UnifiedPipeline) -> None:
@@ -522,3 +521,34 @@ def test_settings_that_make_no_sense_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         model.continue_text(["a"], **settings)
+
+
+# ---- samples in training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [{}, {"temperature": 1.5, "top_k": 40}, {"solver": "heun"}])
+def test_samples_in_training_are_what_a_user_is_given(
+    model: UnifiedPipeline, told: dict[str, Any]
+) -> None:
+    """The same settings, those of decoding among them, through the same door."""
+    settings = model.config.generation.model_copy(update=told)
+    task = model.tasks["captioning"]
+    items = task.fill({"text": tiny.CAPTIONS[1], "image": tiny.square(tiny.CAPTIONS[1])})
+    seen = {kind: task.observe(model.modalities, kind, item) for kind, item in items.items()}
+    with torch.no_grad():
+        found = samples.generate(model, "captioning", [Prepared("", "", 7, seen)], settings)
+    given = {kind: item for kind, item in items.items() if kind != "C"}
+    size, seed = len(seen["C"]), [derive("sample", 7)]
+    assert found == model.generate("captioning", [given], size, seed, **told)
+
+
+def test_samples_go_on_from_the_first_half(model: UnifiedPipeline) -> None:
+    """Where nothing else is given; the half that was given is a part of what is shown."""
+    observation = model.modalities["text"].observe("a big red square a big", block=4)
+    example = Prepared("", "", 0, {"C": observation})
+    with torch.no_grad():
+        (found,) = samples.generate(model, "continuation", [example], model.config.generation)
+        (mean,) = model.modalities["text"].encode([observation])
+        half = mean.mode.values[: len(mean.mode.values) // 2]
+        (back,) = model.modalities["text"].decode([Latent(half, (len(half),))])
+    assert found.startswith(model.modalities["text"].realise(back))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from unified.config.loading import load_config, save_config, shipped
-from unified.config.plugins import modality_plugins, validate_plugins
+from unified.config.plugins import resolve_model, resolve_plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
 from unified.latents.critic import Critic
@@ -73,7 +73,9 @@ def settings(folder: Path | str = "unused", shard: str = "unused.tar", **stage: 
 def objective(**stage: Any) -> AutoencoderObjective:
     """As a run makes it, in float64."""
     made = settings(**stage)
-    materials = Materials(made, made.stages[0], tiny.pipeline(made), Sources(made))
+    materials = Materials(
+        made, made.stages[0], tiny.pipeline(made), Sources(made), resolve_plugins(made)
+    )
     found = materials.objective().double()
     assert isinstance(found, AutoencoderObjective)
     return found
@@ -318,7 +320,7 @@ def test_wrong_critics_are_named_before_anything_is_trained(
     stage: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        validate_plugins(settings(loss=stage), "own.yaml")
+        resolve_plugins(settings(loss=stage), source="own.yaml")
 
 
 @pytest.mark.parametrize("loss", [{"kl_warmup_steps": 3}, {"critics": {"adversarial": {}}}])
@@ -330,7 +332,7 @@ def test_a_joint_stage_has_neither(loss: dict[str, Any]) -> None:
 def test_a_text_stage_has_no_critics() -> None:
     stage = tiny.autoencoder("text", loss={"critics": {"adversarial": {}}})
     with pytest.raises(ValueError, match="which TextModality lacks; known: none"):
-        validate_plugins(tiny.config(stages=[stage]))
+        resolve_plugins(tiny.config(stages=[stage]))
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -510,9 +512,9 @@ def test_the_shipped_configurations_are_of_their_size(size: int, weights: Path) 
     (stage,) = config.stages
     assert set(stage.loss.critics) == {"adversarial", "perceptual"}
     stage.loss.critics["perceptual"] = perceptual_options(weights)
-    validate_plugins(config)
+    resolve_plugins(config)
     with torch.device("meta"):
-        cls, options = modality_plugins(config)["image"]
+        cls, options = resolve_model(config).modalities["image"]
         image = cls.build(options, None)
     assert isinstance(image, ImageModality)
     assert (image.codec.cell, image.channels, image.config.max_size) == (16, 64, size)
@@ -523,6 +525,6 @@ def test_the_shipped_configurations_are_of_their_size(size: int, weights: Path) 
 def test_the_tiny_configuration_needs_no_files() -> None:
     assert (shipped() / "image-vae-tiny.yaml").is_file()
     config = load_config("image-vae-tiny")
-    validate_plugins(config)
+    resolve_plugins(config)
     assert set(config.stages[0].loss.critics) == {"adversarial"}
     assert all(issubclass(critic, Critic) for critic in ImageModality.critics.values())

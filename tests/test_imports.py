@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,50 @@ def test_the_core_is_layered():
     core = [(m, t) for m, t in edges() if part(m) not in (*PLUGINS, "configs", "") and t in SOURCES]
     wrong = [(m, t) for m, t in core if floor[room(m)] < floor[room(t)]]
     assert not wrong
+
+
+#: names that stand for the same thing wherever they are: a plugin's own modality and autoencoder
+SAME_MEANING = {"__init__", "modality", "vae"}
+#: names that are used twice, until one of them is given up
+TWICE = {"Plan", "Request", "Tally", "measures"}
+#: how many files a package may have, and how many the root
+MOST_FILES, MOST_AT_THE_ROOT = 17, 8
+
+
+def framework() -> Iterator[tuple[Path, ast.Module]]:
+    """Every file of the framework proper, without demonstrations."""
+    for folder in ("unified", "modalities", "tasks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path, ast.parse(path.read_text())
+
+
+def repeated(places: Iterable[tuple[str, object]]) -> dict[str, list[str]]:
+    """Name -> where it occurs, of those that occur more than once."""
+    found: dict[str, list[str]] = {}
+    for name, place in places:
+        found.setdefault(name, []).append(str(place))
+    return {name: many for name, many in found.items() if len(many) > 1 and name not in TWICE}
+
+
+def test_a_public_class_name_means_one_thing():
+    classes = (
+        (node.name, path.relative_to(ROOT))
+        for path, tree in framework()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert not repeated(classes)
+
+
+def test_a_file_name_means_one_thing():
+    files = ((path.stem, path) for path, _ in framework() if path.stem not in SAME_MEANING)
+    assert not repeated(files)
+
+
+def test_packages_are_small():
+    sizes = Counter(path.parent for path, _ in framework())
+    assert sizes[ROOT / "unified"] <= MOST_AT_THE_ROOT
+    assert not {str(p): n for p, n in sizes.items() if n > MOST_FILES and p.name != "training"}
 
 
 def docstrings(tree: ast.Module) -> set[int]:

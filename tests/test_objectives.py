@@ -10,6 +10,7 @@ Every option of training has a test that would fail if the option did nothing:
                  optimizer (vae_lr_ratio)                                         here
                  optimizer (all else), interval, accumulate, batch_size           test_training.py
                  too_long                                                         test_data.py
+                 pad_rows                                               test_compiled_step.py
                  steps                                                            test_run.py
                  alignment                                                        test_alignment.py
 """
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
+from unified.config.plugins import resolve_plugins
 from unified.config.schema import FlowConfig, LossConfig, StageConfig
 from unified.data.streams import Prepared
 from unified.flow.matching import Draws, FlowMatching
@@ -54,7 +56,9 @@ def joint(
     pipeline = tiny.pipeline(settings)
     for module in pipeline.modules.values():
         module.double()
-    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    objective = Materials(
+        settings, settings.stages[0], pipeline, Sources(settings), resolve_plugins(settings)
+    ).objective()
     assert isinstance(objective, JointObjective)
     return objective.double(), pipeline
 
@@ -62,7 +66,9 @@ def joint(
 def autoencoder(modality: str, **stage: Any) -> AutoencoderObjective:
     settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)])
     pipeline = tiny.pipeline(settings)
-    objective = Materials(settings, settings.stages[0], pipeline, Sources(settings)).objective()
+    objective = Materials(
+        settings, settings.stages[0], pipeline, Sources(settings), resolve_plugins(settings)
+    ).objective()
     assert isinstance(objective, AutoencoderObjective)
     return objective.double()
 
@@ -578,7 +584,8 @@ def test_an_autoencoder_stage_reads_its_modality_from_its_sources(tmp_path: Any)
     def batch(modality: str, **stage: Any) -> list[Prepared]:
         settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)], data=data)
         stage_, pipeline = settings.stages[0], tiny.pipeline()
-        materials = Materials(settings, stage_, pipeline, Sources(settings))
+        plugins = resolve_plugins(settings)
+        materials = Materials(settings, stage_, pipeline, Sources(settings), plugins)
         (examples,) = materials.mixture(40, "x").batch(0)
         return examples
 

@@ -27,8 +27,8 @@ from unified.generation.items import Inference, Wish
 from unified.latents.modality import Choice
 from unified.latents.weights import read_weights
 from unified.modalities.text.decoding import choose, penalise, probabilities
-from unified.modalities.text.layers import KVCache as TextCache
 from unified.modalities.text.modality import TextConfig, TextModality
+from unified.modalities.text.transformer import TextKVCache
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
 from unified.pipeline import UnifiedPipeline
@@ -80,7 +80,7 @@ def test_decoder() -> None:
         decoder, lengths = golden.vae(block_size=block).decoder, file["lens"]
         logits = decoder(pad(file["z"], lengths), lengths_B=lengths)
         close(unpad(logits, lengths), file[f"logits.block{block}"], SINGLE)
-    decoder, lengths, cache = golden.vae().decoder, file["cached.prefix_lens"], TextCache()
+    decoder, lengths, cache = golden.vae().decoder, file["cached.prefix_lens"], TextKVCache()
     logits = decoder(pad(file["cached.prefix_z"], lengths), cache, lengths)
     close(unpad(logits, lengths), file["cached.prefix_logits"], SINGLE)
     for block in ("cached.block1", "cached.block2"):
@@ -299,9 +299,9 @@ def build(settings: dict[str, str]) -> UnifiedPipeline:
     block = int(settings["dit_block_size"])
     tasks["continuation"] = tasks["continuation"].model_copy(update={"block": block})
     config = main.config.model_copy(update={"tasks": tasks})
-    from unified.config.plugins import build_tasks
+    from unified.config.plugins import resolve_model
 
-    return UnifiedPipeline(config, {"text": modality}, build_tasks(config, False), main.prior)
+    return UnifiedPipeline(config, {"text": modality}, resolve_model(config).tasks, main.prior)
 
 
 def generation(settings: dict[str, str]) -> GenerationConfig:
@@ -339,7 +339,8 @@ def test_generation(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Inference(pipeline.modalities, pipeline.tasks, pipeline.prior, "continuation")
     logits, latents = watch(monkeypatch, file["block_logits"].shape[-2])
     with recorded(pipeline.prior) as velocities:
-        out = runner.run(wishes, settings, 0)
+        made = [item for step in runner.stream(wishes, settings, 0) for item in step.items()]
+    out = list(dict(made).values())
     close(torch.stack(latents), file["block_latents"], END_TO_END)
     close(torch.stack(logits), file["block_logits"], END_TO_END)
     assert out == [
@@ -405,7 +406,7 @@ def check_first_step(
     """The velocities of the first step: conditional and unconditional, of each sample in turn."""
     first = velocities[0]
     if settings.guidance_scale == 1:  # then ours leaves the unconditional pass out
-        with recorded(runner.generator.prior) as velocities:
+        with recorded(runner.prior) as velocities:
             next(runner.stream(wishes, settings.model_copy(update={"guidance_scale": 2.0}), 0))
         first = velocities[0]
     rows = first.unflatten(0, (len(wishes), 2, -1))

@@ -19,17 +19,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unified import cli
-from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.plugins import resolve_model, resolve_plugins
 from unified.config.schema import PriorConfig
 from unified.flow.matching import FlowMatching
 from unified.modalities.text.modality import TextConfig
 from unified.model.prior import Prior
 from unified.planning import flops, imagined
 from unified.planning.draft import Draft, make_plan
-from unified.planning.examples import Sizes, positions, typical
+from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPUS, find_gpu
 from unified.planning.memory import imagined_step
-from unified.planning.plan import Request
+from unified.planning.typical import Sizes, positions, typical
 from unified.randomness import generator
 from unified.sequence.layout import Layout, Segment
 from unified.sequence.packing import PackedBatch, Sample, pack
@@ -101,7 +101,7 @@ def test_a_modality_that_is_absent_costs_nothing():
 
 @pytest.mark.parametrize("name", ["continuation", "captioning", "text_to_image"])
 def test_visible_pairs_are_those_of_the_grid(name):
-    layout = build_tasks(tiny.config())[name].layout
+    layout = resolve_model(tiny.config()).tasks[name].layout
     lengths = {s.kind: 5 if s.block is None else 12 for s in layout.filled}
     batch = batch_of(layout, {kind: (n,) for kind, n in lengths.items()}, samples=3)
     _, _, visible = layout.grid(lengths)
@@ -110,7 +110,7 @@ def test_visible_pairs_are_those_of_the_grid(name):
 
 def test_visible_pairs_of_a_corrupted_batch_are_those_of_its_mask():
     """Also where noisy blocks were relabelled U, samples share a row, and rows have padding."""
-    tasks = build_tasks(tiny.config())
+    tasks = resolve_model(tiny.config()).tasks
     layouts = {name: task.layout for name, task in tasks.items()}
     grids = {"P": (3,), "I": (2, 2), "C": (8,)}
     samples = [
@@ -135,7 +135,7 @@ def test_visible_pairs_of_a_corrupted_batch_are_those_of_its_mask():
 def modality(name: str, **options: Any) -> Any:
     part = {"text": tiny.TEXT, "image": tiny.IMAGE}[name]
     config = tiny.config(modalities={name: part | options}, tasks={})
-    cls, settings = modality_plugins(config)[name]
+    cls, settings = resolve_model(config).modalities[name]
     with torch.device("meta"):
         return cls.build(settings, None)
 
@@ -194,7 +194,9 @@ def test_the_ledger_knows_what_is_alive_and_the_most_there_was():
 
 def draft(**changes: Any) -> Draft:
     config = tiny.config(**changes)
-    return Draft(config, config.stages[-1], Request(GPUS["h100"]), "fp32", False)
+    return Draft(
+        config, config.stages[-1], PlanRequest(GPUS["h100"]), "fp32", resolve_plugins(config)
+    )
 
 
 def test_checkpointing_keeps_a_block_s_input_and_no_more():
@@ -232,7 +234,7 @@ def test_the_memory_model_is_within_15_percent_of_what_training_takes():
 
 
 def grids_of(name: str, row_length: int = 256, **asked: int) -> Any:
-    task, modalities = build_tasks(tiny.config())[name], tiny.pipeline().modalities
+    task, modalities = resolve_model(tiny.config()).tasks[name], tiny.pipeline().modalities
     return task, typical(task, modalities, Sizes(**asked), row_length, name)
 
 
@@ -289,7 +291,7 @@ def test_the_command_prints_what_its_json_says(own, capsys):
 
 
 def test_a_step_is_its_batch_of_average_examples():
-    plan = make_plan(tiny.config(), Request(GPUS["h100"]))
+    plan = make_plan(tiny.config(), PlanRequest(GPUS["h100"]))
     shares = [e.share for e in plan.examples.values()]
     assert math.isclose(sum(shares), 1)
     mean = sum(e.share * e.flops for e in plan.examples.values())
@@ -302,7 +304,7 @@ def test_a_step_is_its_batch_of_average_examples():
 def test_autoencoders_that_learn_cost_more_of_everything():
     def of(**changes: Any) -> Any:
         tasks, stages = {"captioning": tiny.TASKS["captioning"]}, [tiny.joint(**changes)]
-        return make_plan(tiny.config(tasks=tasks, stages=stages), Request(GPUS["h100"]))
+        return make_plan(tiny.config(tasks=tasks, stages=stages), PlanRequest(GPUS["h100"]))
 
     frozen, learning = of(), of(optimizer={"vae_lr_ratio": 1.0})
     anchored = of(optimizer={"vae_lr_ratio": 1.0}, loss={"ref": 0.1})
@@ -315,7 +317,7 @@ def test_autoencoders_that_learn_cost_more_of_everything():
 
 
 def test_sharding_divides_what_learns():
-    plan = make_plan(tiny.config(), Request(GPUS["h100"], gpus=6))
+    plan = make_plan(tiny.config(), PlanRequest(GPUS["h100"], gpus=6))
     whole, part = plan.memory[False, False], plan.memory[True, False]
     assert part.optimizer == 2 * part.gradients
     assert 0 <= 6 * part.gradients - whole.gradients < 6 * 4

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
+import tiny
 
-from unified.config import registry
+import unified
+from unified.config import plugins, registry
 from unified.config.registry import SHIPPED, resolve
+from unified.training.run import train
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, table in SHIPPED.items() for n in table])
@@ -60,3 +64,43 @@ def test_installed_packages_add_names_but_cannot_replace_shipped_ones(monkeypatc
     monkeypatch.setattr(registry, "entry_points", lambda group: installed)
     assert resolve("task", "dialogue").__name__ == "Continuation"
     assert resolve("task", "captioning").__name__ == "Captioning"
+
+
+def test_trust_is_asked_where_something_is_loaded_and_nowhere_else():
+    """Every other file takes the `Plugins` that were found there."""
+    asks = {
+        "cli.py",
+        "config/plugins.py",
+        "config/registry.py",
+        "data/tools/check.py",
+        "pipeline.py",
+        "planning/describe.py",
+        "planning/draft.py",
+        "training/export.py",
+        "training/run.py",
+    }
+    root = Path(unified.__file__).parent
+    found = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if "trust_remote_code" in path.read_text() and "commands" not in path.parts
+    }
+    assert found <= asks
+
+
+def test_a_run_resolves_each_plugin_once(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(group, name, trust_remote_code):
+        asked.append((group, name))
+        return resolve(group, name, trust_remote_code)
+
+    monkeypatch.setattr(plugins, "resolve", counted)
+    shard = tiny.write_shard(tmp_path / "s.tar", tiny.squares())
+    config = tiny.config(tmp_path / "run", shard)
+    config.training.max_steps = 0
+    train(config)
+    parts = {"modality": config.modalities, "task": config.tasks}
+    assert asked == [
+        (group, part.type) for group, named in parts.items() for part in named.values()
+    ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unified.modalities.text.layers import KVCache
+from unified.modalities.text.transformer import TextKVCache
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 
@@ -75,7 +75,7 @@ def test_cached_decoding_equals_full_decoding(block: int) -> None:
     """Ragged pieces in one batch: each sample gets what it gets alone and at once."""
     vae = small(block_size=block)
     z = torch.randn(2, 10, 4, dtype=torch.float64)
-    full, cache = vae.decoder(z), KVCache()
+    full, cache = vae.decoder(z), TextKVCache()
     done, pieces = [0, 0], [[], []]  # type: tuple[list[int], list[list[Tensor]]]
     for takes in ([2, 6], [4, 0], [4, 4]):
         parts = [z[b, done[b] : done[b] + n] for b, n in enumerate(takes)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from unified.config.schema import FlowConfig, PriorConfig
+from unified.config.schema import FlowConfig, GenerationConfig, PriorConfig
 from unified.flow.matching import FlowMatching
+from unified.generation.blocks import Request, Session
+from unified.latents.modality import Latent
 from unified.model.prior import Prior
 from unified.randomness import generator
 from unified.sequence.layout import Layout
@@ -95,3 +98,27 @@ def prior(multi: int = 1, single: int = 1, seed: int = 0, **options: int) -> Pri
 
 def flow(layouts_: Mapping[str, Layout], **options: object) -> FlowMatching:
     return FlowMatching(FlowConfig.model_validate(options), layouts_)
+
+
+def settings(
+    num_steps: int = 16, guidance_scale: float = 1.0, solver: str = "euler", **others: Any
+) -> GenerationConfig:
+    """Settings of generation, without guidance unless it is asked for."""
+    told = {"num_steps": num_steps, "guidance_scale": guidance_scale, "solver": solver, **others}
+    return GenerationConfig.model_validate(told)
+
+
+def generate(
+    model: Prior,
+    layouts_: Mapping[str, Layout],
+    task: str,
+    target: str,
+    requests: Sequence[Request],
+    told: GenerationConfig,
+) -> list[Latent]:
+    """The whole target of each request, known beginning included."""
+    session = Session(model, layouts_, task, target, requests, told)
+    while session.active:
+        session.step()
+        session.finish([])
+    return [Latent(z, r.grid) for z, r in zip(session.latents, requests, strict=True)]

@@ -24,7 +24,7 @@ from unified.commands import (
     plan,
     runs,
     show,
-    tokenizer,
+    tokenizers,
 )
 from unified.commands.options import (
     AsJson,
@@ -54,7 +54,7 @@ for _name, _group in {
     "inspect": inspect,
     "data": data,
     "runs": runs,
-    "tokenizer": tokenizer,
+    "tokenizer": tokenizers,
     "convert": convert,
 }.items():
     app.add_typer(_group.app, name=_name)

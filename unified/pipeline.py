@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.plugins import Plugins, resolve_model
 from unified.config.schema import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
 from unified.generation.items import Inference, Seed, Wish
@@ -59,12 +59,24 @@ class UnifiedPipeline:
         trust_remote_code: bool = False,
     ) -> UnifiedPipeline:
         """A new model with random weights; `corpora` is modality -> items to fit tokenizers on."""
+        return cls.build_from(resolve_model(config, trust_remote_code), config, corpora)
+
+    @classmethod
+    def build_from(
+        cls, plugins: Plugins, config: Config, corpora: Mapping[str, Iterable[Any]] | None = None
+    ) -> UnifiedPipeline:
+        """`build`, with the plugins that `config` names."""
         modalities = {
             name: plugin.build(options, (corpora or {}).get(name))
-            for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
+            for name, (plugin, options) in plugins.modalities.items()
         }
         prior = Prior(config.prior, {name: m.channels for name, m in modalities.items()})
-        return cls(config, modalities, build_tasks(config, trust_remote_code), prior)
+        return cls(config, modalities, plugins.tasks, prior)
+
+    @property
+    def plugins(self) -> Plugins:
+        """What the model is made of."""
+        return Plugins({n: (type(m), m.config) for n, m in self.modalities.items()}, self.tasks)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -99,9 +111,10 @@ class UnifiedPipeline:
         that the model does not have, for settings that do not exist or make no sense, and for input
         that cannot be represented.
         """
-        runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
-        size = self._size(runner, size, settings)
-        return runner.run([Wish(items, size) for items in given], chosen, seeds)
+        made: dict[int, Any] = {}
+        for items in self.stream(task, given, size, seed, generator, **settings):
+            made |= items
+        return [made[index] for index in range(len(given))]
 
     def stream(
         self,
@@ -283,16 +296,27 @@ class UnifiedPipeline:
         """
         folder = find_folder(name)
         index = read_json(folder / INDEX)
-        weights = index.pop("weights", "raw")
-        described = {key: value for key, value in index.items() if not key.startswith("_")}
-        prior = read_prior(folder / "prior")
-        described["prior"] = prior.config.model_dump()
+        described = {k: v for k, v in index.items() if not k.startswith("_") and k != "weights"}
+        described["prior"] = prior_settings(folder / "prior")[0].model_dump()
         config = validated(Config, described, origin=str(folder / INDEX))
-        plugins = modality_plugins(config, trust_remote_code, str(folder / INDEX))
-        modalities = {n: p.from_pretrained(folder, n) for n, (p, _) in plugins.items()}
+        plugins = resolve_model(config, trust_remote_code, str(folder / INDEX))
+        return cls.read_from(plugins, config, folder, device)
+
+    @classmethod
+    def read_from(
+        cls,
+        plugins: Plugins,
+        config: Config,
+        folder: Path,
+        device: torch.device | str | None = None,
+    ) -> UnifiedPipeline:
+        """`from_pretrained`, of a local folder whose plugins these are; `config` is what the
+        pipeline says of itself."""
+        prior = read_prior(folder / "prior")
+        modalities = {n: p.from_pretrained(folder, n) for n, (p, _) in plugins.modalities.items()}
         check_channels(prior, modalities, folder)
-        tasks = build_tasks(config, trust_remote_code, str(folder / INDEX))
-        pipeline = cls(config, modalities, tasks, prior, weights)
+        weights = read_json(folder / INDEX).get("weights", "raw")
+        pipeline = cls(config, modalities, plugins.tasks, prior, weights)
         return pipeline if device is None else pipeline.to(device)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
@@ -337,11 +361,16 @@ def find_folder(name: Path | str) -> Path:
 
 def read_prior(folder: Path) -> Prior:
     """The prior in its part folder."""
-    fields = read_json(folder / "config.json")
-    channels = fields.pop("channels", {})
-    prior = Prior(validated(PriorConfig, fields, origin=str(folder / "config.json")), channels)
+    prior = Prior(*prior_settings(folder))
     load_weights(prior, folder)
     return prior
+
+
+def prior_settings(folder: Path) -> tuple[PriorConfig, dict[str, int]]:
+    """The prior's configuration, and modality -> width of its latents."""
+    fields = read_json(folder / "config.json")
+    channels = fields.pop("channels", {})
+    return validated(PriorConfig, fields, origin=str(folder / "config.json")), channels
 
 
 def check_channels(prior: Prior, modalities: Mapping[str, Modality], folder: Path) -> None:

@@ -68,17 +68,14 @@ class Codec(nn.Module):
                 f"an image codec must read and write 3 colours (or 3 * p * p in patches), but this"
                 f" one reads {colours} and writes {network.config['out_channels']} channels"
             )
+        levels = len(network.config["block_out_channels"])
+        #: pixels that a cell covers each way
+        self.cell = self.pixel_patch * 2 ** (levels - 1) * patch
 
     @property
     def channels(self) -> int:
         """C, the width of a cell."""
         return int(self.network.config["latent_channels"]) * self.patch**2
-
-    @property
-    def cell(self) -> int:
-        """Pixels that a cell covers each way."""
-        levels = len(self.network.config["block_out_channels"])
-        return self.pixel_patch * 2 ** (levels - 1) * self.patch
 
     @property
     def dtype(self) -> torch.dtype:

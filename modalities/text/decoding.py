@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unified.latents.modality import Choice, Decoding
 from unified.latents.ragged import Latent
-from unified.modalities.text.layers import KVCache
+from unified.modalities.text.transformer import TextKVCache
 from unified.model.layers import wide
 from unified.randomness import generator
 
@@ -82,7 +82,7 @@ class TextDecoding(Decoding):
     ):
         super().__init__(modality)
         self.text, self.choice = modality, choice
-        self.cache = None if block % modality.config.block_size else KVCache()
+        self.cache = None if block % modality.config.block_size else TextKVCache()
         self.rows = list(range(len(seeds)))
         self.rngs = [generator(seed, "tokens") for seed in seeds]
         self.tokens = [torch.zeros(0, dtype=torch.int64) for _ in seeds]

@@ -27,8 +27,8 @@ from unified.latents.modality import Choice, Decoding, Modality, Side
 from unified.latents.ragged import Latent, Latents, Posteriors, Ragged, numbers, pad, unpad
 from unified.latents.weights import load_weights, save_weights
 from unified.modalities.text.decoding import TextDecoding
-from unified.modalities.text.layers import KVCache
 from unified.modalities.text.tokenizer import Tokenizer
+from unified.modalities.text.transformer import TextKVCache
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.model.layers import wide
@@ -240,14 +240,14 @@ class TextModality(Modality):
         logvar_NC = logvar_NC + 2 * math.log(self.config.scaling_factor)
         return Posteriors(mean_NC, logvar_NC, runs)
 
-    def logits(self, latents: Sequence[Latent], cache: KVCache | None = None) -> Tensor:
+    def logits(self, latents: Sequence[Latent], cache: TextKVCache | None = None) -> Tensor:
         """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest; with a
         `cache`, they continue the latents that it holds."""
         lengths_B = torch.tensor([len(z.values) for z in latents])
         z_BLC = pad_sequence([z.values for z in latents], batch_first=True)
         return self._logits(z_BLC, lengths_B, cache)
 
-    def _logits(self, z_BLC: Tensor, lengths_B: Tensor, cache: KVCache | None = None) -> Tensor:
+    def _logits(self, z_BLC: Tensor, lengths_B: Tensor, cache: TextKVCache | None = None) -> Tensor:
         decoder = self.network.decoder
         return decoder(z_BLC.to(decoder.in_layer.weight), cache, lengths_B)
 

@@ -26,6 +26,8 @@ PAD, EOS = "<|pad|>", "<|endoftext|>"
 #: where a vocabulary has it, it ends a text too (the turns of OLMo 2's chat format)
 IM_END = "<|im_end|>"
 FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+#: how many texts are remembered with their ids, and how many characters they have at most
+REMEMBERED, SHORT = 1 << 15, 2048
 
 #: ranks of cl100k, and the special tokens that OLMo 2 puts after them, in the order of their ids
 CL100K = 100_256
@@ -41,6 +43,7 @@ class Tokenizer:
 
     def __init__(self, core: tokenizers.Tokenizer, pad: str = PAD, eos: str = EOS):
         self.core, self.pad, self.eos = core, pad, eos
+        self._known: dict[str, list[int]] = {}
         self.pad_id, self.eos_id = self._special("pad", pad), self._special("eos", eos)
         self.end_ids = {self.eos_id, core.token_to_id(IM_END)} - {None}
         core.encode_special_tokens = True
@@ -114,7 +117,13 @@ class Tokenizer:
         return max(self.core.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        return self.core.encode(text, add_special_tokens=False).ids
+        """The ids of `text`. The first texts are remembered: training meets them every epoch."""
+        found = self._known.get(text)
+        if found is None:
+            found = self.core.encode(text, add_special_tokens=False).ids
+            if len(self._known) < REMEMBERED and len(text) <= SHORT:
+                self._known[text] = found
+        return list(found)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, up to the first that ends it; pads are dropped."""

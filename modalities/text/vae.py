@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unified.modalities.text.layers import Blocks, KVCache
+from unified.modalities.text.transformer import Blocks, TextKVCache
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.model.kernels.linear import Linear
 from unified.model.layers import wide
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self.final_layer = Linear(config.dim, config.vocab_size, bias=config.bias)
 
     def forward(
-        self, z_BLC: Tensor, cache: KVCache | None = None, lengths_B: Tensor | None = None
+        self, z_BLC: Tensor, cache: TextKVCache | None = None, lengths_B: Tensor | None = None
     ) -> Tensor:
         """Logits [B, T, V] of latents that are padded on the right.
 

@@ -105,7 +105,6 @@ def encode(
         dtype=getattr(torch, dtype.value),
         part=(int(index), int(count)),
         batch_size=batch_size,
-        trust_remote_code=trust_remote_code,
     )
     for name, examples in done.examples.items():
         print(f"{name}: {examples:,} examples")

@@ -72,6 +72,7 @@ def noise(
 ) -> None:
     """Print how much of an item the decoder gives back of its noisy latents, by timestep."""
     from unified.evaluation.robustness import LEVELS, noise_robustness
+    from unified.tables import table
 
     try:
         chosen = [float(part) for part in levels.split(",") if part] or list(LEVELS)
@@ -82,10 +83,11 @@ def noise(
     if as_json:
         print(json.dumps([asdict(point) for point in curve], indent=2))
         return
-    print(f"timestep  {measured.fidelity_unit} (95% interval), {len(observations)} items")
+    rows = [("timestep", f"{measured.fidelity_unit} (95% interval), {len(observations)} items")]
     for point in curve:
         f = point.fidelity
-        print(f"{point.timestep:8g}  {f.mean:.4f} ({f.low:.4f} to {f.high:.4f})")
+        rows.append((f"{point.timestep:g}", f"{f.mean:.4f} ({f.low:.4f} to {f.high:.4f})"))
+    print(table(rows, "rl"))
 
 
 @app.command("tokens")

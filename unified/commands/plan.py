@@ -38,12 +38,12 @@ def plan(
     from unified.config.loading import load_config
     from unified.planning import plan_text as report
     from unified.planning.draft import make_plan
-    from unified.planning.examples import Sizes
+    from unified.planning.figures import PlanRequest
     from unified.planning.gpus import find_gpu
-    from unified.planning.plan import Request
+    from unified.planning.typical import Sizes
 
     chosen = find_gpu(gpu, peak_tflops, memory_gb)
-    request = Request(chosen, gpus, mfu, steps, precision, Sizes(text_tokens, image_size))
+    request = PlanRequest(chosen, gpus, mfu, steps, precision, Sizes(text_tokens, image_size))
     found = make_plan(
         load_config(config, overrides or []), request, stage, config, trust_remote_code
     )

@@ -1,12 +1,15 @@
 """From the parts of a configuration to plugin classes and tasks, and whether they fit together.
 
 The schema (`unified.config.schema`) leaves a plugin's own keys unread; here the part's ``type`` is
-resolved and the rest is validated by the class's own ``Config``.
+resolved and the rest is validated by the class's own ``Config``. That happens once, where a
+configuration or a pipeline folder is loaded, and trust in code that is named by its path is asked
+for there: whoever comes after takes the `Plugins` that were found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
@@ -19,28 +22,66 @@ if TYPE_CHECKING:
     from unified.sequence.task import Task
 
 
-def plugin(
-    group: Group, part: PluginPart, at: Keys, trust_remote_code: bool = False, source: str = ""
-) -> tuple[Any, PluginConfig]:
-    """(class, its configuration) of one part; `at` is the part's place, for error messages."""
-    cls: Any = resolve(group, part.type, trust_remote_code)
-    return cls, validated(cls.Config, part.options, at, source)
+@dataclass(frozen=True)
+class Plugins:
+    """All plugins that a configuration names: classes with their own configurations, and tasks."""
+
+    #: name -> (class, its configuration), ready for ``cls.build(configuration, corpus)``
+    modalities: Mapping[str, tuple[type[Modality], PluginConfig]]
+    tasks: Mapping[str, Task]
+    #: stage -> critic -> (class, its configuration)
+    critics: Mapping[str, Mapping[str, tuple[type[Critic], PluginConfig]]] = field(
+        default_factory=dict
+    )
+    #: stage -> what makes the encoder of its alignment
+    encoders: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
-def modality_plugins(
-    config: Config, trust_remote_code: bool = False, source: str = ""
-) -> dict[str, tuple[type[Modality], PluginConfig]]:
-    """Name -> (class, its configuration), ready for ``cls.build(configuration, corpus)``."""
-    return {
-        name: plugin("modality", part, ("modalities", name), trust_remote_code, source)
+def resolve_plugins(config: Config, trust_remote_code: bool = False, source: str = "") -> Plugins:
+    """The plugins of a configuration that something is to be trained or planned with.
+
+    ValueError for a path to code that is not trusted, for keys that a plugin does not know, and for
+    parts that do not fit together, naming the two: tasks and stages name modalities and sources
+    that exist; something is learned in every joint stage. `source` is the file, for error messages.
+    """
+    model = resolve_model(config, trust_remote_code, source)
+    _validate_tasks(config, model.tasks)
+    for modality in config.flow.timesteps:
+        _known(modality, config.modalities, "flow.timesteps", "modality")
+    _validate_stages(config, sum(task.config.ratio for task in model.tasks.values()))
+    encoders, critics = {}, {}
+    for index, stage in enumerate(config.stages):
+        if stage.alignment is not None:
+            encoders[stage.name] = _encoder(config, stage, trust_remote_code)
+        if stage.modality is not None:
+            judged, _ = model.modalities[stage.modality]
+            critics[stage.name] = _critics(judged, stage, ("stages", str(index)), source)
+    return Plugins(model.modalities, model.tasks, critics, encoders)
+
+
+def resolve_model(config: Config, trust_remote_code: bool = False, source: str = "") -> Plugins:
+    """The plugins of the model alone, which are all that a pipeline folder needs. ValueError for a
+    path to code that is not trusted, and for keys that a plugin does not know."""
+
+    def plugin(group: Group, part: PluginPart, at: Keys) -> tuple[Any, PluginConfig]:
+        cls: Any = resolve(group, part.type, trust_remote_code)
+        return cls, validated(cls.Config, part.options, at, source)
+
+    modalities = {
+        name: plugin("modality", part, ("modalities", name))
         for name, part in config.modalities.items()
     }
+    tasks = {}
+    for name, part in config.tasks.items():
+        cls, options = plugin("task", part, ("tasks", name))
+        tasks[name] = cls(options)
+    return Plugins(modalities, tasks)
 
 
-def critic_plugins(
-    modality: type[Modality], stage: StageConfig, at: Keys = (), source: str = ""
+def _critics(
+    modality: type[Modality], stage: StageConfig, at: Keys, source: str
 ) -> dict[str, tuple[type[Critic], PluginConfig]]:
-    """Name -> (class, its configuration) of a stage's critics; `at` is the stage's place."""
+    """The critics of a stage; `at` is its place."""
     found = {}
     for name, options in stage.loss.critics.items():
         where = f"stage {stage.name}, loss.critics"
@@ -50,25 +91,7 @@ def critic_plugins(
     return found
 
 
-def build_tasks(
-    config: Config, trust_remote_code: bool = False, source: str = ""
-) -> dict[str, Task]:
-    """Name -> task, for every configured task."""
-    tasks = {}
-    for name, part in config.tasks.items():
-        cls, options = plugin("task", part, ("tasks", name), trust_remote_code, source)
-        tasks[name] = cls(options)
-    return tasks
-
-
-def validate_plugins(config: Config, source: str = "", trust_remote_code: bool = False) -> None:
-    """Check that the parts fit together; ValueError names the two that do not.
-
-    Plugins' own keys are known ones; tasks and stages name modalities and sources that exist;
-    something is learned in every joint stage. `source` is the file, for error messages.
-    """
-    modalities = modality_plugins(config, trust_remote_code, source)
-    tasks = build_tasks(config, trust_remote_code, source)
+def _validate_tasks(config: Config, tasks: Mapping[str, Task]) -> None:
     for name, task in tasks.items():
         for segment in task.layout.segments:
             _known(segment.modality, config.modalities, f"task {name}", "modality")
@@ -76,13 +99,6 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
             _known(drawn, config.data.sources, f"task {name}", "data source")
         if task.config.ratio < 0:
             raise ValueError(f"task {name} has ratio {task.config.ratio}; it should be 0 or more")
-    for modality in config.flow.timesteps:
-        _known(modality, config.modalities, "flow.timesteps", "modality")
-    _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
-    for index, stage in enumerate(config.stages):
-        _validate_alignment(config, stage, trust_remote_code)
-        if stage.modality is not None:
-            critic_plugins(modalities[stage.modality][0], stage, ("stages", str(index)), source)
 
 
 def _validate_stages(config: Config, ratios: float) -> None:
@@ -102,11 +118,10 @@ def _validate_stages(config: Config, ratios: float) -> None:
             )
 
 
-def _validate_alignment(config: Config, stage: StageConfig, trust_remote_code: bool) -> None:
-    """The features to align exist, and so does what they are aligned with."""
+def _encoder(config: Config, stage: StageConfig, trust_remote_code: bool) -> Callable[..., Any]:
+    """What makes the encoder of a stage's alignment, once the features to align exist."""
     alignment = stage.alignment
-    if alignment is None:
-        return
+    assert alignment is not None
     where = f"stage {stage.name}, alignment"
     _known(alignment.modality, config.modalities, where, "modality")
     depth = config.prior.multi_stream_depth + config.prior.single_stream_depth
@@ -114,7 +129,8 @@ def _validate_alignment(config: Config, stage: StageConfig, trust_remote_code: b
         raise ValueError(
             f"{where}.layer is {alignment.layer}, but the prior has {depth} blocks: 1 to {depth}"
         )
-    trusted("encoder", alignment.encoder, trust_remote_code)
+    make: Callable[..., Any] = trusted("encoder", alignment.encoder, trust_remote_code)
+    return make
 
 
 def _known(

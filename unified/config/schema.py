@@ -173,6 +173,9 @@ class StageConfig(Part):
     accumulate: int = Field(1, gt=0)
     #: positions of a packed row (joint stages)
     row_length: int = Field(256, gt=0)
+    #: joint: rows are filled up to `row_length`, and with empty rows to a multiple of so many, so
+    #: that compiled code meets the same shapes in every step; null packs as tightly as it can
+    pad_rows: int | None = Field(None, gt=0)
     #: a sample longer than a row is a bad example, or its text is cut; both are counted
     too_long: Literal["error", "truncate"] = "error"
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -302,6 +305,11 @@ class GenerationConfig(Part):
     #: blocks, stopping and trimming as the official code has them: whole blocks, until all texts of
     #: the batch have ended, nothing cut off
     official: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs an unconditional pass."""
+        return self.guidance_scale != 1
 
     @model_validator(mode="after")
     def _interval(self) -> GenerationConfig:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from unified.data.streams import Prepared
-from unified.latents.modality import Modality, Observed, by_shape, grid_of
+from unified.latents.modality import Modality, Observed
 from unified.latents.ragged import Posteriors, Ragged, Runs
 from unified.randomness import Chance, ItemChance
 
@@ -42,49 +42,40 @@ Collate = Callable[[Sequence[Prepared], int], Any]
 @dataclass(frozen=True)
 class Items:
     """The items that a batch holds of one modality: observations, and behind them posteriors that
-    somebody stored; each sorted by shape. `item_B` says whose chance an item has, `item_N` and
-    `place_N` the same of each latent, and where in its item it is; `grids` are the runs of all
-    items' grids."""
+    somebody stored; each sorted by shape. `grids` are the runs of all items' grids. `item_B` says
+    whose chance an item has, and `spot_2N` the same of each latent, and where in its item it is."""
 
     observations: Ragged | None
     stored: Posteriors | None
     grids: Runs
     item_B: Tensor
-    item_N: Tensor
-    place_N: Tensor
+    spot_2N: Tensor
 
     @classmethod
     def of(
         cls, modality: Modality, observed: Sequence[Observed], item: Sequence[int]
     ) -> tuple[Items, list[int]]:
         """The items, and the order that they have here: places in `observed`."""
-        tensors = [i for i, o in enumerate(observed) if isinstance(o, Tensor)]
-        stored = [i for i, o in enumerate(observed) if isinstance(o, Posteriors)]
-        tensors = [tensors[k] for k in by_shape([tuple(observed[i].shape) for i in tensors])]  # type: ignore[union-attr]
-        stored = [stored[k] for k in by_shape([observed[i].grid for i in stored])]  # type: ignore[union-attr]
-        order = [*tensors, *stored]
-        raw: list[Any] = list(observed)
-        observations = modality.collate([raw[i] for i in tensors]) if tensors else None
-        runs = modality.grids(observations) if observations is not None else ()
-        lengths = np.array(
-            [math.prod(g) for count, g in runs for _ in range(count)]
-            + [math.prod(grid_of(modality, observed[i])) for i in stored]
+        order = sorted(range(len(observed)), key=lambda i: _shape(observed[i]))
+        tensors = [o for o in (observed[i] for i in order) if isinstance(o, Tensor)]
+        stored = [o for o in (observed[i] for i in order) if isinstance(o, Posteriors)]
+        observations = modality.collate(tensors) if tensors else None
+        kept = Posteriors.cat(stored) if stored else None
+        grids = (
+            *(modality.grids(observations) if observations else ()),
+            *(kept.runs if kept else ()),
         )
+        lengths = np.array([math.prod(grid) for count, grid in grids for _ in range(count)])
         begins = np.cumsum(lengths) - lengths
         item_B = np.array([item[i] for i in order], np.int64)
         place_N = np.arange(lengths.sum()) - np.repeat(begins, lengths)
-        kept = Posteriors.cat([raw[i] for i in stored]) if stored else None
-        items = cls(
-            observations,
-            kept,
-            (*runs, *(kept.runs if kept else ())),
-            *map(torch.from_numpy, (item_B, np.repeat(item_B, lengths), place_N)),
-        )
+        spot_2N = np.stack([np.repeat(item_B, lengths), place_N])
+        items = cls(observations, kept, grids, *map(torch.from_numpy, (item_B, spot_2N)))
         return items, order
 
     def chance(self, of: Chance) -> ItemChance:
         """The chance of these items."""
-        return ItemChance(of, self.item_B, self.item_N, self.place_N)
+        return ItemChance(of, self.item_B, *self.spot_2N)
 
     def posteriors(self, modality: Modality) -> Posteriors:
         """The posteriors of all items, encoded where they are not stored."""
@@ -99,6 +90,12 @@ class Items:
         if self.stored is not None or self.observations is None:
             raise ValueError(why)
         return self.observations
+
+
+def _shape(observed: Observed) -> tuple[bool, tuple[int, ...]]:
+    """What items are sorted by: observations first, and those of one shape together."""
+    stored = isinstance(observed, Posteriors)
+    return stored, observed.grid if isinstance(observed, Posteriors) else tuple(observed.shape)
 
 
 def microbatches(

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from unified.evaluation.flow_loss import Encoded, EncodedItems, TargetLoss
-from unified.evaluation.statistics import Interval, bootstrap
+from unified.evaluation.statistics import ConfidenceInterval, bootstrap
 from unified.randomness import generator
 
 
@@ -41,7 +41,7 @@ def repaired(encoded: Encoded, partner: Sequence[int], target: str) -> dict[str,
     return {kind: items if kind == target else items.of(partner) for kind, items in encoded.items()}
 
 
-def condition_matters(own: TargetLoss, other: TargetLoss) -> Interval:
+def condition_matters(own: TargetLoss, other: TargetLoss) -> ConfidenceInterval:
     """Mean of (loss with another's condition) - (loss with the own one), with its interval.
 
     Above 0 the condition helps. Both losses must come from the same seed. An example's draws are

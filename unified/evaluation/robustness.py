@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unified.evaluation.reconstruction import BATCH, posteriors
-from unified.evaluation.statistics import Interval, bootstrap
+from unified.evaluation.statistics import ConfidenceInterval, bootstrap
 from unified.flow.path import path
 from unified.flow.timesteps import TIMESTEP_SCALE
 from unified.latents.modality import Modality, decode
@@ -45,7 +45,7 @@ class Robustness:
     """What comes back at a timestep in [0, 1000], with a bootstrap interval over the items."""
 
     timestep: float
-    fidelity: Interval
+    fidelity: ConfidenceInterval
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def normalised_edit_distance(a: Sequence[object], b: Sequence[object]) -> float:
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean of `count` values, and the percentile bootstrap interval around it."""
 
     mean: float
@@ -46,7 +46,7 @@ def bootstrap(
     resamples: int = 4000,
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
-) -> Interval:
+) -> ConfidenceInterval:
     """The mean of `values` [E] with its interval: E values are drawn anew, with replacement,
     `resamples` times, and the middle share `level` of the means so found is kept.
 
@@ -69,4 +69,4 @@ def bootstrap(
     means_S = sums_G[drawn_SG].sum(1) / counts_G[drawn_SG].sum(1)
     tail = (1 - level) / 2
     low, high = torch.quantile(means_S, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return Interval(float(values_E.mean()), float(low), float(high), len(values_E))
+    return ConfidenceInterval(float(values_E.mean()), float(low), float(high), len(values_E))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unified.likelihood.score import Scorer, by_block
+from unified.tables import table
 
 if TYPE_CHECKING:
     from unified.pipeline import UnifiedPipeline
@@ -125,13 +126,17 @@ def _row(
     )
 
 
+COLUMNS = (
+    *("token", "log q(z|x)", "log p(z)", "log p(x|z)", "PPL"),
+    *("generated", "judge: gen.", "judge: token"),
+)
+
+
 def as_table(rows: Sequence[TokenRow]) -> str:
     """The rows as the paper prints them."""
-    lines = [f"{'token':>14}{'log q(z|x)':>12}{'log p(z)':>12}{'log p(x|z)':>12}{'PPL':>12}"]
-    lines[0] += f"{'generated':>14}{'judge: gen.':>13}{'judge: token':>13}"
+    cells: list[Sequence[str]] = [COLUMNS]
     for r in rows:
-        line = f"{r.token!r:>14}{r.posterior:12.2f}{r.prior:12.2f}{r.decoder:12.3g}"
-        line += f"{r.perplexity:12.4g}{r.generated!r:>14}"
-        judged = (r.judged_generated, r.judged_token)
-        lines.append(line + "".join(f"{'-' if j is None else f'{j:.3g}':>13}" for j in judged))
-    return "\n".join(lines)
+        terms = (f"{r.posterior:.2f}", f"{r.prior:.2f}", f"{r.decoder:.3g}", f"{r.perplexity:.4g}")
+        judged = ("-" if j is None else f"{j:.3g}" for j in (r.judged_generated, r.judged_token))
+        cells.append((repr(r.token), *terms, repr(r.generated), *judged))
+    return table(cells, "r")

@@ -18,16 +18,16 @@ Shape legend: R requests (one row each), L positions of a row, b length of a blo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from unified.flow.solvers import integrate, repaint
+from unified.config.schema import GenerationConfig
+from unified.flow.solvers import Field, integrate, repaint, to_data
 from unified.generation.guidance import GuidedVelocity, Settling, timesteps
-from unified.generation.sampler import Sampler
 from unified.latents.ragged import Latent
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
@@ -52,44 +52,6 @@ class Request:
     noise: Sequence[Tensor] | None = None
 
 
-#: (indices of requests, what each has so far [L, C]) -> which of them are finished
-Stop = Callable[[Sequence[int], Sequence[Tensor]], Sequence[bool]]
-
-
-class Generator:
-    """Runs requests of any task through a prior, on the prior's device and in its dtype."""
-
-    def __init__(self, prior: Prior, layouts: Mapping[str, Layout]):
-        self.prior = prior
-        self.layouts = layouts
-        like = next(prior.parameters())
-        self.device, self.dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-        self.visibility = Visibility({t: x.sees for t, x in layouts.items()})
-
-    def run(
-        self, task: str, target: str, requests: Sequence[Request], sampler: Sampler
-    ) -> list[Latent]:
-        """The whole target of each request, known beginning included."""
-        session = _Session(self, task, target, requests)
-        for _ in session.blocks(sampler, None):
-            pass
-        return [Latent(z, r.grid) for z, r in zip(session.latents, requests, strict=True)]
-
-    def stream(
-        self,
-        task: str,
-        target: str,
-        requests: Sequence[Request],
-        sampler: Sampler,
-        stop: Stop | None = None,
-    ) -> Iterator[dict[int, Tensor]]:
-        """Yield, block by block, ``{request: all its latents so far [L, C]}``.
-
-        With `stop`, a request for which it answers True is dropped and the others go on without it.
-        """
-        return _Session(self, task, target, requests).blocks(sampler, stop)
-
-
 def noisy_kind(layout: Layout, target: str) -> str:
     """The kind under which `target` is denoised: itself if it is noisy, else its noisy twin."""
     candidates = [s.kind for s in layout.segments if target in (s.kind, s.copies)]
@@ -101,42 +63,79 @@ def noisy_kind(layout: Layout, target: str) -> str:
     )
 
 
-class _Session:
-    """One run of `Generator`: the cache, and how far each request has come."""
+class Session:
+    """One run of several requests of a task: their cache, and how far each has come.
+
+    Each `step` makes one more block of every request that is `active`. Everything happens on the
+    prior's device, and latents have its dtype, at least float32.
+    """
 
     def __init__(
-        self, owner: Generator, task: str, target: str, requests: Sequence[Request]
-    ) -> None:
-        self.owner, self.task, self.requests = owner, task, requests
-        self.layout = owner.layouts[task]
+        self,
+        prior: Prior,
+        layouts: Mapping[str, Layout],
+        task: str,
+        target: str,
+        requests: Sequence[Request],
+        settings: GenerationConfig,
+    ):
+        self.prior, self.task, self.requests, self.settings = prior, task, requests, settings
+        weight = next(prior.parameters())
+        self.device = weight.device
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.visibility = Visibility({t: x.sees for t, x in layouts.items()})
+        self.layout = layouts[task]
         self.target, self.noisy = self.layout[target], noisy_kind(self.layout, target)
         self.context = closure(self.layout.sees, self.noisy) - {self.noisy, target}
-        self.active = list(range(len(requests)))
         self.origins = [self._origin(r) for r in requests]
         self.latents = [self._beginning(r) for r in requests]
         #: latents of the target whose clean keys are in the cache
         self.committed = [self._whole_blocks(len(z)) for z in self.latents]
         self.begun = list(self.committed)
-        self.cache = KVCache(self._capacity() if owner.prior.static else None)
+        self.active = list(range(len(requests)))
+        #: the request of each row of the cache; before the first step there are none
+        self.cached: list[int] = []
+        self.cache = KVCache(self._capacity() if prior.static else None)
+        like = torch.zeros((), device=self.device, dtype=self.dtype)
+        self.times = timesteps(prior, settings, like)
+        self.steps = to_data(settings.num_steps, like, settings.time_shift)
 
     @torch.no_grad()
-    def blocks(self, sampler: Sampler, stop: Stop | None) -> Iterator[dict[int, Tensor]]:
-        """Prefill, then denoise and commit until every request is finished."""
-        like = torch.zeros((), device=self.owner.device, dtype=self.owner.dtype)
-        self.times = timesteps(self.owner.prior, sampler, like)
-        self._prefill()
-        while self.active:
-            self._denoise(sampler)
-            fresh = {i: self.latents[i] for i in self.active}
-            yield fresh
-            full = [len(z) >= math.prod(self.requests[i].grid) for i, z in fresh.items()]
-            told = stop(list(fresh), list(fresh.values())) if stop else full
-            self._advance([f or t for f, t in zip(full, told, strict=True)])
+    def step(self) -> dict[int, Tensor]:
+        """Denoise the next block of every active request: ``{request: all latents so far [L, C]}``.
 
-    # ---- the three moves ----
+        Blocks that are repainted take steps of their own.
+        """
+        self._commit() if self.cached else self._prefill()
+        starts = [self._start(i) for i in self.active]
+        partial = self.settings.first_block == "partial"
+        repainted = [partial and len(start.known) > 0 for start in starts]
+        for repaints in (False, True):
+            rows = [row for row, chosen in enumerate(repainted) if chosen == repaints]
+            if not rows:
+                continue
+            some = [starts[row] for row in rows]
+            field = self._field(some, self._rows(rows), known=not repaints)
+            if repaints:
+                z = self._repaint(field, some)
+            else:
+                z = torch.cat([torch.cat([s.known, s.noise[len(s.known) :]]) for s in some])
+                z = integrate(field, z, self.steps, self.settings.solver)
+            for row, block in zip(rows, z.split([len(s.noise) for s in some]), strict=True):
+                i = self.active[row]
+                self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+        return {i: self.latents[i] for i in self.active}
+
+    def finish(self, ended: Collection[int]) -> None:
+        """Go on without the requests that have `ended`, and those whose target is whole."""
+        full = [i for i in self.active if len(self.latents[i]) >= math.prod(self.requests[i].grid)]
+        self.active = [i for i in self.active if i not in {*ended, *full}]
+
+    # ---- what a step does ----
 
     def _prefill(self) -> None:
         """Write what is given, and the whole blocks of the known beginning, into the cache."""
+        self.cached = list(self.active)
         samples, values = [], []
         for r, z, whole in zip(self.requests, self.latents, self.committed, strict=True):
             given = {k: r.given[k] for k in self.context} | (
@@ -146,42 +145,32 @@ class _Session:
             values.append({k: v.values for k, v in given.items()})
         clean = Layout(tuple(s for s in self.layout.segments if s.noise == "clean"), {})
         if any(values):
-            self.owner.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
+            self.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
 
-    def _denoise(self, sampler: Sampler) -> None:
-        """Integrate the next block of every active request, and append it."""
+    def _commit(self) -> None:
+        """Keep the rows of active requests; write their new blocks, now clean, into the cache."""
+        going = [row for row, i in enumerate(self.cached) if i in self.active]
+        self.cache = self.cache.rows(torch.tensor(going, device=self.device))
+        self.cached = list(self.active)
         starts = [self._start(i) for i in self.active]
-        # blocks that are repainted take steps of their own
-        partial = [sampler.first_block == "partial" and len(s.known) > 0 for s in starts]
-        for move, chosen in ((self._integrate, False), (self._repaint, True)):
-            rows = [row for row, repainted in enumerate(partial) if repainted == chosen]
-            if not rows:
-                continue
-            blocks = move([starts[row] for row in rows], self._cache(rows), sampler)
-            for row, block in zip(rows, blocks, strict=True):
-                i = self.active[row]
-                self.latents[i] = torch.cat([self.latents[i][: self.committed[i]], block])
+        samples = [s.sample(self.task, self.target.kind) for s in starts]
+        values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
+        clean = Layout((replace(self.target, noise="clean"),), {})
+        self.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
+        for i in self.active:
+            self.committed[i] = len(self.latents[i])
 
-    def _cache(self, rows: Sequence[int]) -> KVCache:
+    def _rows(self, rows: Sequence[int]) -> KVCache:
         """The cache of some of the active requests."""
         if len(rows) == len(self.active):
             return self.cache
-        return self.cache.rows(torch.tensor(rows, device=self.owner.device))
-
-    def _integrate(
-        self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
-    ) -> Sequence[Tensor]:
-        """The blocks, with what is known of them held clean throughout."""
-        guided = self._field(starts, [len(s.known) for s in starts], cache, sampler)
-        field = Settling(guided, sampler.settle) if sampler.settle else guided
-        z = torch.cat([torch.cat([s.known, s.noise[len(s.known) :]]) for s in starts])
-        z = integrate(field, z, sampler.num_steps, sampler.solver, sampler.time_shift)
-        return z.split([len(s.noise) for s in starts])
+        return self.cache.rows(torch.tensor(rows, device=self.device))
 
     def _field(
-        self, starts: Sequence[_Start], known: Sequence[int], cache: KVCache, sampler: Sampler
-    ) -> GuidedVelocity:
-        """The velocity of the blocks that begin at `starts`."""
+        self, starts: Sequence[_Start], cache: KVCache, known: bool
+    ) -> GuidedVelocity | Settling:
+        """The velocity of the blocks that begin at `starts`; what is `known` of them is held
+        clean."""
         m = self.target.modality
         alone = Segment(self.noisy, m)
         twin = Segment(UNCONDITIONAL, m, copies=self.noisy)
@@ -189,35 +178,31 @@ class _Session:
         def batches(rows: Sequence[int]) -> tuple[PackedBatch, PackedBatch | None]:
             samples = [starts[row].sample(self.task, self.noisy) for row in rows]
             plain = self._batch(samples, Layout((alone,), {}))
-            both = self._batch(samples, Layout((alone, twin), {})) if sampler.guided else None
-            return plain, both
+            guided = self.settings.guided
+            return plain, self._batch(samples, Layout((alone, twin), {})) if guided else None
 
         lengths = [len(s.noise) for s in starts]
-        prior = self.owner.prior
-        return GuidedVelocity(
-            prior, batches, cache, lengths, known, m, self.noisy, sampler, self.times
+        held = [len(s.known) if known else 0 for s in starts]
+        field = GuidedVelocity(
+            self.prior, batches, cache, lengths, held, m, self.noisy, self.settings, self.times
         )
+        return Settling(field, self.settings.settle) if self.settings.settle else field
 
-    def _repaint(
-        self, starts: Sequence[_Start], cache: KVCache, sampler: Sampler
-    ) -> Sequence[Tensor]:
+    def _repaint(self, field: Field, starts: Sequence[_Start]) -> Tensor:
         """The blocks under partial repaint: known positions are noisy too, and may drift."""
-        field = self._field(starts, [0] * len(starts), cache, sampler)
         known = [torch.cat([s.known, torch.zeros_like(s.noise[len(s.known) :])]) for s in starts]
         where = [torch.arange(len(s.noise))[:, None] < len(s.known) for s in starts]
-        z = repaint(
+        return repaint(
             field,
             torch.cat([s.noise for s in starts]),
             torch.cat(known),
-            torch.cat(where).to(self.owner.device),
+            torch.cat(where).to(self.device),
             self._noises(starts),
-            sampler.num_steps,
-            sampler.solver,
-            sampler.time_shift,
-            sampler.repaint_share,
-            sampler.repaint_times,
+            self.steps,
+            self.settings.solver,
+            self.settings.repaint_share,
+            self.settings.repaint_times,
         )
-        return z.split([len(s.noise) for s in starts])
 
     def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:
         """Fresh noise for all blocks, again and again; each request draws its own."""
@@ -228,22 +213,7 @@ class _Session:
                 )
                 for s in starts
             ]
-            yield torch.cat(drawn).to(self.owner.device, self.owner.dtype)
-
-    def _advance(self, finished: Sequence[bool]) -> None:
-        """Drop finished requests; commit the new block of the others as clean history."""
-        going = [row for row, done in enumerate(finished) if not done]
-        self.active = [self.active[row] for row in going]
-        if not self.active:
-            return
-        self.cache = self.cache.rows(torch.tensor(going, device=self.owner.device))
-        starts = [self._start(i) for i in self.active]
-        samples = [s.sample(self.task, self.target.kind) for s in starts]
-        values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
-        clean = Layout((replace(self.target, noise="clean"),), {})
-        self.owner.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
-        for i in self.active:
-            self.committed[i] = len(self.latents[i])
+            yield torch.cat(drawn).to(self.device, self.dtype)
 
     # ---- where things stand ----
 
@@ -264,16 +234,16 @@ class _Session:
                 f" given: {', '.join(sorted(request.given)) or 'nothing'}"
             )
         grids = {k: request.given[k].grid for k in self.context} | {self.target.kind: request.grid}
-        for placed in place(self.layout, grids, self.owner.prior.config.axes):
+        for placed in place(self.layout, grids, self.prior.config.axes):
             if placed.segment.kind == self.target.kind:
                 return int(placed.blocks[0]), int(placed.positions.min())
         raise AssertionError("the target is always placed")
 
     def _beginning(self, request: Request) -> Tensor:
-        channels = self.owner.prior.channels[self.target.modality]
+        channels = self.prior.channels[self.target.modality]
         given = request.given.get(self.target.kind)
         values = torch.zeros(0, channels) if given is None else given.values
-        return values.to(self.owner.device, self.owner.dtype)
+        return values.to(self.device, self.dtype)
 
     def _whole_blocks(self, length: int) -> int:
         return length // self.target.block * self.target.block if self.target.block else 0
@@ -284,7 +254,7 @@ class _Session:
         clock, position = self.origins[i]
         block = self.target.block
         grid = (block,) if block else request.grid
-        eps = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype)
+        eps = self._noise(i, math.prod(grid)).to(self.device, self.dtype)
         clock += at // block if block else 0
         return _Start(request.seed, grid, clock, position + at, eps, self.latents[i][at:])
 
@@ -294,7 +264,7 @@ class _Session:
         if request.noise is not None:
             made = at - self.begun[i]
             return request.noise[made // (self.target.block or 1)]
-        channels = self.owner.prior.channels[self.target.modality]
+        channels = self.prior.channels[self.target.modality]
         return noise((length, channels), request.seed, self.task, self.target.kind, at)
 
     def _batch(
@@ -303,17 +273,15 @@ class _Session:
         layout: Layout,
         values: Sequence[Mapping[str, Tensor]] | None = None,
     ) -> PackedBatch:
-        owner = self.owner
-        axes = owner.prior.config.axes
-        layouts = {self.task: layout}
-        batch = pack(samples, layouts, owner.visibility, None, axes).to(owner.device)
+        axes, layouts = self.prior.config.axes, {self.task: layout}
+        batch = pack(samples, layouts, self.visibility, None, axes).to(self.device)
         # One request a row: rows never meet, so a row needs no identity that could change when
         # another one is dropped.
         at = replace(batch.coordinates, sample=batch.coordinates.sample.clamp(max=0))
-        batch = replace(batch, coordinates=at, time_RL=batch.time_RL.to(owner.dtype))
+        batch = replace(batch, coordinates=at, time_RL=batch.time_RL.to(self.dtype))
         if values is None:
             return batch
-        cast = [{k: v.to(owner.device, owner.dtype) for k, v in one.items()} for one in values]
+        cast = [{k: v.to(self.device, self.dtype) for k, v in one.items()} for one in values]
         return batch.with_latents(latents_of(samples, layouts, cast))
 
 

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unified.config.schema import GenerationConfig
 from unified.flow.solvers import schedule
 from unified.flow.timesteps import round_timesteps
-from unified.generation.sampler import NEAR, Sampler
 from unified.model.cache import KVCache
 from unified.model.kernels.graphs import Recording, replays
 from unified.model.prior import Geometry, Prior, Timesteps
@@ -36,18 +36,28 @@ GUIDERS: dict[str, tuple[str, dict[str, float]]] = {
 }
 
 
-def guider(sampler: Sampler) -> Any:
-    """The guider of diffusers that `sampler` names."""
+#: timesteps closer than this are the same: those of a schedule are rounded
+NEAR = 1e-6
+
+
+def guider(settings: GenerationConfig) -> Any:
+    """The guider of diffusers that `settings` name."""
     from diffusers import guiders
 
-    name, options = GUIDERS[sampler.guider]
-    return getattr(guiders, name)(guidance_scale=sampler.guidance_scale, **options)
+    name, options = GUIDERS[settings.guider]
+    return getattr(guiders, name)(guidance_scale=settings.guidance_scale, **options)
 
 
-def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
-    """All that `sampler` will ask of the network, 0 among them, for all blocks."""
-    steps = schedule(sampler.num_steps, like, sampler.time_shift)
-    rounded = round_timesteps(steps, sampler.round_timesteps)
+def guides(settings: GenerationConfig, t: Tensor) -> bool:
+    """Whether the step that begins at `t` is guided."""
+    low, high = settings.guidance_interval
+    return settings.guided and low - NEAR <= float(t) <= high + NEAR
+
+
+def timesteps(prior: Prior, settings: GenerationConfig, like: Tensor) -> Timesteps:
+    """All that the network will be asked about, 0 among them, for all blocks."""
+    steps = schedule(settings.num_steps, like, settings.time_shift)
+    rounded = round_timesteps(steps, settings.round_timesteps)
     return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like).unique())
 
 
@@ -55,9 +65,9 @@ def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
 Batches = Callable[[Sequence[int]], tuple[PackedBatch, PackedBatch | None]]
 
 
-class Placed(NamedTuple):
-    """Blocks that are denoised, with or without their unconditional copies, where they are, and
-    a recording of what gives their velocities, where there can be one."""
+class Pass(NamedTuple):
+    """What a pass of the prior runs over: the blocks being denoised, alone or beside their
+    unconditional copies, where they are, and its recording, on a device that can make one."""
 
     batch: PackedBatch
     geometry: Geometry
@@ -67,8 +77,8 @@ class Placed(NamedTuple):
 class GuidedVelocity:
     """``field(z [N, C], t)`` of all blocks being denoised; 0 where a position is known.
 
-    `lengths` are those of the blocks. Of those that it is told, `batches` makes two batches: the
-    blocks alone as `kind`, and, if they are to be guided, each with its unconditional copy.
+    `lengths` are those of the blocks. ``batches(rows)`` gives two batches of the blocks of these
+    rows: alone as `kind` and, where there is guidance, each beside its unconditional copy.
     ``known[i]`` positions of block i are held clean, at t = 0. `times` are those of the whole
     schedule.
     """
@@ -82,10 +92,10 @@ class GuidedVelocity:
         known: Sequence[int],
         modality: str,
         kind: str,
-        sampler: Sampler,
+        settings: GenerationConfig,
         times: Timesteps,
     ):
-        self.prior, self.cache, self.sampler, self.times = prior, cache, sampler, times
+        self.prior, self.cache, self.settings, self.times = prior, cache, settings, times
         self.modality, self.kind, self.lengths = modality, kind, list(lengths)
         self.batches = batches
         self._place(list(range(len(self.lengths))))
@@ -93,35 +103,38 @@ class GuidedVelocity:
         unknown = [torch.arange(n) >= k for n, k in zip(lengths, known, strict=True)]
         self.unknown_N = torch.cat(unknown).to(time)
         self.known = list(known)
-        self.guider = guider(sampler) if sampler.guider in GUIDERS else None
-        self.schedule = schedule(sampler.num_steps, time, sampler.time_shift)
-        guided = [float(t) for t in self.schedule if sampler.guides(t)]
+        self.guider = guider(settings) if settings.guider in GUIDERS else None
+        self.schedule = schedule(settings.num_steps, time, settings.time_shift)
+        guided = [float(t) for t in self.schedule if guides(settings, t)]
         #: when the unconditional pass is made; in between, v_c - v_u is what it was
-        self.fresh = guided[:: sampler.unconditional_every]
+        self.fresh = guided[:: settings.unconditional_every]
         self.difference_NC: Tensor | None = None
 
     def __call__(self, z_NC: Tensor, t: Tensor) -> Tensor:
-        if self.both is None or not self.sampler.guides(t):
-            return self._velocities(self.plain, z_NC, t)[0] * self.unknown_N[:, None]
-        now = float(t)
-        if self.difference_NC is None or any(abs(now - f) < NEAR for f in self.fresh):
-            v_c, v_u = self._velocities(self.both, z_NC, t)
-            self.difference_NC = v_c - v_u
-        else:
-            (v_c,) = self._velocities(self.plain, z_NC, t)
-            v_u = v_c - self.difference_NC
-        return self._combine(v_c, v_u, t) * self.unknown_N[:, None]
+        guided = self.both is not None and guides(self.settings, t)
+        held = None if guided and self._is_fresh(float(t)) else self.difference_NC
+        made = self.both if guided and self.both and held is None else self.plain
+        run = partial(self._velocities, made.batch, made.geometry)
+        v_c, *v_u = run(z_NC, t) if made.recording is None else made.recording(run, z_NC, t)
+        if v_u:
+            self.difference_NC = v_c - v_u[0]
+        if guided:
+            v_c = self._combine(v_c, v_u[0] if held is None else v_c - held, t)
+        return v_c * self.unknown_N[:, None]
+
+    def _is_fresh(self, t: float) -> bool:
+        return any(abs(t - other) < NEAR for other in self.fresh)
 
     def _place(self, rows: list[int]) -> None:
         """Take the blocks of these rows, behind what is in the cache."""
         plain, both = self.batches(rows)
-        self.rows, self.plain = rows, self._placed(plain)
-        self.both = self._placed(both) if both else None
+        self.rows, self.plain = rows, self._pass(plain)
+        self.both = self._pass(both) if both else None
 
-    def _placed(self, batch: PackedBatch) -> Placed:
-        again = self.sampler.graphs and replays(batch.time_RL.device)
+    def _pass(self, batch: PackedBatch) -> Pass:
+        again = self.settings.graphs and replays(batch.time_RL.device)
         geometry = self.prior.geometry(batch, self.cache)
-        return Placed(batch, geometry, Recording() if again else None)
+        return Pass(batch, geometry, Recording() if again else None)
 
     def only(self, rows: Sequence[int]) -> GuidedVelocity:
         """The same of these blocks alone."""
@@ -139,18 +152,14 @@ class GuidedVelocity:
             part.difference_NC = chosen(self.difference_NC)
         return part
 
-    def _velocities(self, placed: Placed, z_NC: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        """Conditional velocity [N, C], and the unconditional one if `placed` has the copies."""
-        run = partial(self._pass, placed.batch, placed.geometry)
-        return run(z_NC, t) if placed.recording is None else placed.recording(run, z_NC, t)
-
-    def _pass(
+    def _velocities(
         self, batch: PackedBatch, geometry: Geometry, z_NC: Tensor, t: Tensor
     ) -> tuple[Tensor, ...]:
-        """The velocities [N, C] of each copy, by one pass of the prior."""
+        """Conditional velocity [N, C], and the unconditional one if `batch` has the copies, by one
+        pass of the prior."""
         batch = batch.with_latents({self.modality: z_NC})
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
-        rounded = round_timesteps(t, self.sampler.round_timesteps).to(batch.time_RL)
+        rounded = round_timesteps(t, self.settings.round_timesteps).to(batch.time_RL)
         batch = replace(batch, time_RL=self._times(batch, rounded, copies))
         found = self.prior(batch, self.cache, self.times, geometry)
         v = found[self.modality].to(z_NC.dtype)
@@ -172,9 +181,9 @@ class GuidedVelocity:
 
     def _combine(self, v_c: Tensor, v_u: Tensor, t: Tensor) -> Tensor:
         if self.guider is None:
-            return torch.lerp(v_u, v_c, self.sampler.guidance_scale)
+            return torch.lerp(v_u, v_c, self.settings.guidance_scale)
         step = int((self.schedule > t + NEAR).sum())
-        self.guider.set_state(step, self.sampler.num_steps, t)
+        self.guider.set_state(step, self.settings.num_steps, t)
         out = v_c.clone()
         blocks = (x.split(self.lengths) for x in (v_c, v_u, out))
         for c, u, guided, k in zip(*blocks, self.known, strict=True):

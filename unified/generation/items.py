@@ -8,18 +8,16 @@ a known beginning (a prompt to continue) runs along the first axis of its observ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unified.config.schema import GenerationConfig
-from unified.generation.blocks import Generator, Request
-from unified.generation.sampler import Sampler
+from unified.generation.blocks import Request, Session
 from unified.latents.modality import Choice, Decoding, Modality, Side, encode
 from unified.latents.ragged import Latent, Posteriors
 from unified.model.kernels.linear import generating
@@ -32,26 +30,45 @@ from unified.sequence.task import Task
 PADDED: dict[str, Side] = {"left": "left", "right": "right"}
 
 Seed = int | Sequence[int] | None
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What one output is made from: items by kind, and its size in its modality's own unit."""
+    """What one output is made from: items by kind, and its size in its modality's own unit.
+
+    A `Latent` in place of an item is taken as it is. A beginning that is one is part of the output;
+    of one that is an item, the output is what follows.
+    """
 
     given: Mapping[str, Any]
     size: Any = None
     #: initial noise of each block, in place of what the seed draws
     noise: Sequence[Tensor] | None = None
+    #: the grid of what is new, in place of a size
+    grid: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
-class _Start:
-    """What is given as observations; of the target's, `known` symbols and a `grid` of latents."""
+class _Given:
+    """What is given, as latents or as observations; of the target's, `known` symbols and a `grid`
+    of latents."""
 
+    latents: dict[str, Latent]
     observations: dict[str, Tensor]
     known: int = 0
     grid: tuple[int, ...] | None = None
+
+
+@dataclass
+class _Batch:
+    """Wishes that are made together, with what is decoded of each, and whether it has ended."""
+
+    wishes: Sequence[Wish]
+    given: Sequence[_Given]
+    session: Session
+    decoding: Decoding
+    settings: GenerationConfig
+    ended: list[bool]
 
 
 class Inference:
@@ -69,66 +86,55 @@ class Inference:
         self.target = self.layout[self.task.generates]
         self.modalities = modalities
         self.modality = modalities[self.target.modality]
-        self.generator = Generator(prior, {name: t.layout for name, t in tasks.items()})
+        self.prior, self.layouts = prior, {name: t.layout for name, t in tasks.items()}
         for module in (prior, *modalities.values()):
             module.eval()
-
-    def run(
-        self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None
-    ) -> list[Any]:
-        """One item per wish."""
-        items: list[Any] = [None] * len(wishes)
-        for step in self.stream(wishes, settings, seed):
-            for i, item in step.items():
-                items[i] = item
-        return items
 
     def stream(
         self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed = None
     ) -> Iterator[dict[int, Any]]:
         """After every block, ``{wish: its item so far}``; a wish whose item has ended drops out."""
-        precision = partial(arithmetic, settings.precision, self.generator.device)
-        return within(self._blocks(wishes, settings, seed), generating, torch.no_grad, precision)
-
-    def _blocks(
-        self, wishes: Sequence[Wish], settings: GenerationConfig, seed: Seed
-    ) -> Iterator[dict[int, Any]]:
         if not wishes:
             return
-        starts = [self._observe(w, settings) for w in wishes]
-        requests = self._requests(wishes, starts, seeds(seed, len(wishes)), settings)
-        whole = [self._whole(request) for request in requests]
-        decoding = self._decoding(requests, whole, settings)
-        made: dict[int, Tensor] = {}
-        over = [False] * len(wishes)
+        with self._computing(settings):
+            batch = self._begin(wishes, settings, seeds(seed, len(wishes)))
+        while batch.session.active:
+            with self._computing(settings):
+                items = self._items(batch, batch.session.step())
+            yield items
 
-        def ended(ids: Sequence[int], latents: Sequence[Tensor]) -> list[bool]:
-            del latents
-            return [all(over)] * len(ids) if settings.official else [over[i] for i in ids]
-
-        sampler = Sampler.of(settings)
-        blocks = self.generator.stream(self.name, self.target.kind, requests, sampler, ended)
-        for block in blocks:
-            latents = [self._latent(z, requests[i]) for i, z in block.items()]
-            for i, o in zip(block, decoding.extend(list(block), latents), strict=True):
-                made[i] = o[starts[i].known :]
-                # the official code also looks at what it decodes of the prompt
-                seen = o[whole[i] * self.modality.symbols :] if settings.official else made[i]
-                over[i] = over[i] or self.modality.has_ended(seen)
-            yield {i: self._realise(made[i], wishes[i], settings) for i in block}
+    @contextmanager
+    def _computing(self, settings: GenerationConfig) -> Iterator[None]:
+        """How networks run while something is made; not in between, when the caller goes on."""
+        device = next(self.prior.parameters()).device
+        with generating(), torch.no_grad(), arithmetic(settings.precision, device):
+            yield
 
     # ---- before ----
 
-    def _observe(self, wish: Wish, settings: GenerationConfig) -> _Start:
+    def _begin(
+        self, wishes: Sequence[Wish], settings: GenerationConfig, seeds: Sequence[int]
+    ) -> _Batch:
+        """Everything given, observed and encoded."""
+        given = [self._observe(w, settings) for w in wishes]
+        requests = self._requests(wishes, given, seeds, settings)
+        target = self.target.kind
+        session = Session(self.prior, self.layouts, self.name, target, requests, settings)
+        whole = [self._whole(request) for request in requests]
+        decoding = self._decoding(requests, whole, settings)
+        return _Batch(wishes, given, session, decoding, settings, [False] * len(wishes))
+
+    def _observe(self, wish: Wish, settings: GenerationConfig) -> _Given:
         """Kind -> observation of everything given, and how much of the target is known."""
         target = self.target.kind
+        latents = {kind: x for kind, x in wish.given.items() if isinstance(x, Latent)}
         observations = {
             kind: self.task.observe(self.modalities, kind, item)
             for kind, item in wish.given.items()
-            if kind != target
+            if kind != target and kind not in latents
         }
-        if target not in wish.given:
-            return _Start(observations)
+        if target not in wish.given or target in latents:
+            return _Given(latents, observations)
         text = self.modality.beginning(wish.given[target])
         if not len(text):
             raise ValueError(f"what {self.name} is to continue is empty")
@@ -138,7 +144,7 @@ class Inference:
         known = len(text) if side == "right" and not padded else len(filled)
         # pads are encoded with the text; only what holds some of the text is known of the latents
         cut = filled if padded else self.modality.pad(text, 1, side)
-        return _Start(observations | {target: filled}, known, self.modality.grid(cut))
+        return _Given(latents, observations | {target: filled}, known, self.modality.grid(cut))
 
     def _filling(self, settings: GenerationConfig) -> tuple[Side, int]:
         """Where a beginning is filled up, and to whole blocks of how many latents."""
@@ -150,11 +156,11 @@ class Inference:
     def _requests(
         self,
         wishes: Sequence[Wish],
-        starts: Sequence[_Start],
+        starts: Sequence[_Given],
         seeds: Sequence[int],
         settings: GenerationConfig,
     ) -> list[Request]:
-        encoded: list[dict[str, Latent]] = [{} for _ in wishes]
+        encoded = [dict(start.latents) for start in starts]
         for name, modality in self.modalities.items():
             found = [
                 (i, kind, o)
@@ -188,7 +194,7 @@ class Inference:
 
         The official code counts what is new from the last whole block of the beginning.
         """
-        grid = self.modality.grid_for(wish.size)
+        grid = wish.grid or self.modality.grid_for(wish.size)
         block, start = self.target.block, given.get(self.target.kind)
         if block is None:
             return grid
@@ -211,6 +217,22 @@ class Inference:
 
     # ---- after ----
 
+    def _items(self, batch: _Batch, latents: Mapping[int, Tensor]) -> dict[int, Any]:
+        """The items so far, of `latents`; the session goes on without what has ended."""
+        official, requests = batch.settings.official, batch.session.requests
+        shaped = [self._latent(z, requests[i]) for i, z in latents.items()]
+        observed = batch.decoding.extend(list(latents), shaped)
+        made = {}
+        for i, o in zip(latents, observed, strict=True):
+            new = o[batch.given[i].known :]
+            made[i] = self._realise(new, batch.wishes[i], batch.settings)
+            # the official code also looks at what it decodes of the prompt
+            seen = o[self._whole(requests[i]) * self.modality.symbols :] if official else new
+            batch.ended[i] = batch.ended[i] or self.modality.has_ended(seen)
+        ended = [i for i in latents if batch.ended[i]]
+        batch.session.finish(ended if not official or all(batch.ended) else [])
+        return made
+
     def _latent(self, z: Tensor, request: Request) -> Latent:
         """Latents that may still lack their last blocks."""
         return Latent(z, request.grid if math.prod(request.grid) == len(z) else (len(z),))
@@ -221,19 +243,6 @@ class Inference:
             return self.modality.realise_all(made)
         cut = made if self.target.block is None or wish.size is None else made[: wish.size]
         return self.modality.realise(cut)
-
-
-def within(steps: Iterator[T], *contexts: Callable[[], AbstractContextManager[Any]]) -> Iterator[T]:
-    """`steps`, each of which is made within these contexts, but not what is done in between."""
-    while True:
-        with ExitStack() as entered:
-            for context in contexts:
-                entered.enter_context(context())
-            try:
-                step = next(steps)
-            except StopIteration:
-                return
-        yield step
 
 
 def seeds(seed: Seed, count: int) -> list[int]:

@@ -123,7 +123,7 @@ class Modulation(NamedTuple):
     mlp_out: Tensor
 
 
-class Stream(nn.Module):
+class StreamLayer(nn.Module):
     """The weights with which one block treats one stream."""
 
     def __init__(self, config: PriorConfig):
@@ -163,7 +163,7 @@ class Block(nn.Module):
     def __init__(self, config: PriorConfig, streams: list[str], layer: int):
         super().__init__()
         self.layer, self.head = layer, (config.heads, config.head_dim)
-        self.streams = nn.ModuleDict({name: Stream(config) for name in streams})
+        self.streams = nn.ModuleDict({name: StreamLayer(config) for name in streams})
 
     def forward(self, x: dict[str, Tensor], context: Context) -> dict[str, Tensor]:
         by = {m: self.streams[m].modulation(context.times) for m in x}  # type: ignore[operator]
@@ -241,7 +241,7 @@ class Prior(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for stream in (m for m in self.modules() if isinstance(m, Stream)):
+        for stream in (m for m in self.modules() if isinstance(m, StreamLayer)):
             for gate in (stream.attention_in, stream.attention_out, stream.mlp_in, stream.mlp_out):
                 nn.init.zeros_(gate.weight)
         for head in (m for m in self.modules() if isinstance(m, Head)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unified.config.plugins import modality_plugins
+from unified.config.plugins import Plugins, resolve_model
 from unified.config.registry import resolve
 from unified.config.schema import Config
 from unified.errors import did_you_mean, validated
@@ -18,6 +18,7 @@ from unified.latents.modality import Modality
 from unified.model.prior import Prior
 from unified.sequence.layout import Layout
 from unified.sequence.visibility import draw
+from unified.tables import table
 
 
 def task_layout(name: str, block: int, trust_remote_code: bool = False) -> Layout:
@@ -67,15 +68,14 @@ class Counts:
 
 def parameter_counts(config: Config, trust_remote_code: bool = False) -> dict[str, Counts]:
     """Module -> its counts, without allocating any parameter."""
-    return counts_of(*on_meta(config, trust_remote_code))
+    return counts_of(*on_meta(config, resolve_model(config, trust_remote_code)))
 
 
-def on_meta(config: Config, trust_remote_code: bool = False) -> tuple[dict[str, Modality], Prior]:
+def on_meta(config: Config, plugins: Plugins) -> tuple[dict[str, Modality], Prior]:
     """The model on the meta device, where parameters have a shape and take no memory."""
     with torch.device("meta"):
         modalities = {
-            name: cls.build(options, None)
-            for name, (cls, options) in modality_plugins(config, trust_remote_code).items()
+            name: cls.build(options, None) for name, (cls, options) in plugins.modalities.items()
         }
         channels = {name: modality.channels for name, modality in modalities.items()}
         return modalities, Prior(config.prior, channels=channels)
@@ -123,5 +123,4 @@ def show_model(counts: dict[str, Counts], as_json: bool = False) -> str:
         rows += [(f"  {part}", count) for part, count in c.parts.items()]
         rows += [("  of which embedding", c.embedding)] if c.embedding else []
     rows.append(("total", sum(c.total for c in counts.values())))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {count:>18,}" for name, count in rows)
+    return table((name, f"{count:,}") for name, count in rows)

@@ -10,18 +10,18 @@ from functools import cached_property
 
 import torch
 
-from unified.config.plugins import build_tasks, validate_plugins
+from unified.config.plugins import Plugins, resolve_plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.batches import Items
 from unified.data.streams import Prepared
 from unified.errors import did_you_mean
 from unified.latents.modality import Modality
 from unified.planning.describe import counts_of, on_meta
-from unified.planning.examples import positions, typical
+from unified.planning.figures import ExampleCost, Plan, PlanRequest
 from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
 from unified.planning.memory import Memory, forward_only, imagined_step, per_device
-from unified.planning.plan import Example, Plan, Request
+from unified.planning.typical import positions, typical
 from unified.randomness import Chance
 from unified.training.loop import planned_steps
 from unified.training.objectives.joint import JointObjective
@@ -29,19 +29,19 @@ from unified.training.objectives.joint import JointObjective
 
 def make_plan(
     config: Config,
-    request: Request,
+    request: PlanRequest,
     stage: str | None = None,
     source: str = "",
     trust_remote_code: bool = False,
 ) -> Plan:
     """The plan of `stage`, by default the last joint one. ValueError for a stage that there is not,
     a batch that the GPUs cannot share, and examples that do not fit a row."""
-    validate_plugins(config, source, trust_remote_code)
+    plugins = resolve_plugins(config, trust_remote_code, source)
     chosen = joint_stage(config, stage)
     check_shares(chosen, request.gpus)
     precision = request.precision or config.training.precision
     precision = "bf16" if precision == "auto" else precision
-    return Draft(config, chosen, request, precision, trust_remote_code).plan()
+    return Draft(config, chosen, request, precision, plugins).plan()
 
 
 def joint_stage(config: Config, name: str | None) -> StageConfig:
@@ -86,16 +86,16 @@ class Draft:
         self,
         config: Config,
         stage: StageConfig,
-        request: Request,
+        request: PlanRequest,
         precision: str,
-        trust_remote_code: bool,
+        plugins: Plugins,
     ):
         self.config, self.stage, self.request, self.precision = config, stage, request, precision
-        tasks = build_tasks(config, trust_remote_code)
+        self.plugins, tasks = plugins, plugins.tasks
         self.tasks = {name: task for name, task in tasks.items() if task.config.ratio}
-        self.modalities, self.prior = on_meta(config, trust_remote_code)
+        self.modalities, self.prior = on_meta(config, plugins)
         self.counts = counts_of(self.modalities, self.prior)
-        references = self._references(trust_remote_code)
+        references = self._references()
         imagine(*self.modalities.values(), self.prior, *references.values())
         layouts = {name: task.layout for name, task in tasks.items()}
         self.objective = JointObjective(
@@ -106,11 +106,11 @@ class Draft:
             for name, task in self.tasks.items()
         }
 
-    def _references(self, trust_remote_code: bool) -> dict[str, Modality]:
+    def _references(self) -> dict[str, Modality]:
         """The encoders that ``loss.ref`` holds the learning ones to."""
         if not (self.stage.loss.ref and self.stage.optimizer.vae_lr_ratio):
             return {}
-        copies, _ = on_meta(self.config, trust_remote_code)
+        copies, _ = on_meta(self.config, self.plugins)
         return {name: modality for name, modality in copies.items() if not modality.frozen}
 
     def plan(self) -> Plan:
@@ -135,7 +135,7 @@ class Draft:
         total = sum(task.config.ratio for task in self.tasks.values())
         return {name: task.config.ratio / total for name, task in self.tasks.items()}
 
-    def example(self, name: str) -> Example:
+    def example(self, name: str) -> ExampleCost:
         task, grids = self.tasks[name], self.grids[name]
         channels = self.prior.channels
         prior = layout_flops(self.config.prior, channels, task.layout, grids)
@@ -143,7 +143,7 @@ class Draft:
         for segment in task.layout.filled:
             whole, learned = self.autoencoders[segment.modality, grids[segment.kind]]
             forward, backward = forward + whole, backward + (TRAINING - 1) * learned
-        return Example(
+        return ExampleCost(
             self.shares[name],
             grids,
             positions(task, grids),

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from unified.planning.describe import counts_tree, show_model
-from unified.planning.examples import CHARACTERS, Grids
-from unified.planning.plan import Example, Plan
-from unified.tables import duration
+from unified.planning.figures import ExampleCost, Plan
+from unified.planning.typical import CHARACTERS, Grids
+from unified.tables import duration, table
 
 GB, TERA, EXA = 1e9, 1e12, 1e18
 #: (sharded, checkpointed) in the order of the columns, and their names
@@ -53,7 +53,7 @@ def as_tree(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _example(example: Example) -> dict[str, Any]:
+def _example(example: ExampleCost) -> dict[str, Any]:
     told = asdict(example) | {"flops": example.flops}
     return told | {"grids": {kind: list(grid) for kind, grid in example.grids.items()}}
 
@@ -85,7 +85,7 @@ def _flops(plan: Plan) -> str:
         values = [getattr(e, part) / TERA for part in FLOPS] + [e.flops / TERA]
         rows.append((name, f"{e.share:.0%}", f"{e.positions:,}", *map(_number, values)))
     step = f"a step of {plan.stage.batch_size:,} examples: {plan.step_flops / EXA:.4g} EFLOPs"
-    return f"{_table(rows)}\n{step}"
+    return f"{table(rows)}\n{step}"
 
 
 def _memory(plan: Plan) -> str:
@@ -97,7 +97,7 @@ def _memory(plan: Plan) -> str:
     room = plan.request.gpu.memory_gb
     fits = ("fits" if m.total / GB <= room else "does not fit" for m in memories)
     rows.append((f"of {room:g}", *fits))
-    return _table(rows)
+    return table(rows)
 
 
 def _speed(plan: Plan) -> str:
@@ -115,8 +115,7 @@ def _speed(plan: Plan) -> str:
         (f"{plan.steps:,} steps", f"{plan.steps * plan.step_flops / EXA:,.4g} EFLOPs"),
         ("wall time", f"{wall} ({_number(hours)} GPU hours)"),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return table(rows, "l")
 
 
 def assumptions(plan: Plan) -> list[str]:
@@ -146,15 +145,3 @@ def _number(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.3f}" if value >= 0.1 else f"{value:.3g}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

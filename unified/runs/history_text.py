@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 
 from unified.runs.history import RECENT, RunHistory, StageHistory, Value
-from unified.tables import duration, size
+from unified.tables import duration, size, table
 
 Row = Sequence[str]
 
@@ -40,7 +40,7 @@ def about(run: RunHistory) -> list[str]:
 def show_stage(stage: StageHistory) -> list[str]:
     lines = [f"{stage.name}  {', '.join(state(stage))}"]
     rows = [("", "last", f"mean of {RECENT}", "lowest"), *map(value_row, *pairs(stage))]
-    lines += [f"  {line}" for line in (columns(rows) if stage.values else [])]
+    lines += [f"  {line}" for line in (table(rows).splitlines() if stage.values else [])]
     if stage.checkpoints:
         kept = (f"{c.step} ({size(c.bytes)}{', best' * c.best})" for c in stage.checkpoints)
         lines.append(f"  checkpoints: {', '.join(kept)}")
@@ -103,26 +103,10 @@ def compare_stage(name: str, runs: Sequence[RunHistory]) -> str:
         cells = (s.values.get(key) if s else None for s in stages)
         rows.append((f"  {key}", *("" if v is None else compared(key, v) for v in cells)))
     told = [f"  warning: [{i}] {text}" for i, s in enumerate(stages, 1) if s for text in s.warnings]
-    return "\n".join([*columns(rows), *told])
+    return "\n".join([table(rows), *told])
 
 
 def compared(key: str, value: Value) -> str:
     if key == "seconds":
         return duration(value.last)
     return f"{value.mean if is_noisy(key) else value.last:.4g}"
-
-
-# ---- formatting ----------------------------------------------------------------------------------
-
-
-def columns(rows: Iterable[Row]) -> list[str]:
-    """Rows of equal length as lines: the first column to the left, the others to the right."""
-    table = list(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]

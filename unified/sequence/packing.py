@@ -166,7 +166,9 @@ class PackedBatch:
 class Packer:
     """Packs samples of some layouts into rows of `row_length` (None: a row for each sample).
 
-    For `training`, clean blocks that no loss depends on are left out (`needed`).
+    Rows are cut to the longest one used; with `pad_rows` they are not, and there are a multiple of
+    so many, the last ones empty. For `training`, clean blocks that no loss depends on are left out
+    (`needed`).
     """
 
     def __init__(
@@ -176,8 +178,10 @@ class Packer:
         axes: int,
         row_length: int | None = None,
         training: bool = False,
+        pad_rows: int | None = None,
     ):
-        self.layouts, self.axes, self.row_length = layouts, axes, row_length
+        self.layouts, self.axes = layouts, axes
+        self.row_length, self.pad_rows = row_length, pad_rows
         self.visibility, self.training = visibility, training
         self.names = modality_names(layouts)
         self._template = lru_cache(TEMPLATES)(self._lay_out)
@@ -192,12 +196,12 @@ class Packer:
         """Lay samples out in as few rows as best-fit-decreasing finds.
 
         `order` says in which order a modality's latents come, as (sample, kind); by default, sample
-        by sample. `slots` number the samples for chance. Rows are cut to the longest one used.
-        ValueError for a sample longer than a row.
+        by sample. `slots` number the samples for chance. ValueError for a sample longer than a
+        row.
         """
         templates = [self._template(s.shape) for s in samples]
         lengths = [len(t.columns) for t in templates]
-        starts, rows, width = _arrange(lengths, self.row_length)
+        starts, rows, width = _arrange(lengths, self.row_length, self.pad_rows)
         flat_PK = _joined([t.columns for t in templates], COLUMNS + self.axes)
         sample_P = np.repeat(np.arange(len(samples)), lengths)
         at_P = np.arange(len(flat_PK)) + np.repeat(np.array(starts) - _begins(lengths), lengths)
@@ -398,17 +402,22 @@ def _alone(where: Mapping[str, Tensor], positions: int) -> str | None:
     return m if torch.equal(where_N, torch.arange(positions)) else None
 
 
-def _arrange(lengths: Sequence[int], row_length: int | None) -> tuple[list[int], int, int]:
+def _arrange(
+    lengths: Sequence[int], row_length: int | None, pad_rows: int | None = None
+) -> tuple[list[int], int, int]:
     """(start of each sample in the flattened rows, number of rows, width of a row)."""
     if row_length is not None:
-        return _best_fit(lengths, row_length)
+        spots, used = _best_fit(lengths, row_length)
+        width = row_length if pad_rows else max(used, default=0)
+        rows = -(-len(used) // (pad_rows or 1)) * (pad_rows or 1)
+        return [row * width + start for row, start in spots], rows, width
     width = max(lengths, default=0)
     return [i * width for i in range(len(lengths))], len(lengths), width
 
 
-def _best_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, int]:
-    """The longest sample first, each into the fullest row that has room for it (of equally full
-    ones, the first)."""
+def _best_fit(lengths: Sequence[int], row_length: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """(row of each sample and its start there, positions used of each row): the longest sample
+    first, each into the fullest row that has room for it (of equally full ones, the first)."""
     free: list[tuple[int, int]] = []  # (room, row), sorted
     used: list[int] = []
     spot: dict[int, tuple[int, int]] = {}
@@ -427,6 +436,4 @@ def _best_fit(lengths: Sequence[int], row_length: int) -> tuple[list[int], int, 
         spot[i] = (row, used[row])
         used[row] += lengths[i]
         insort(free, (row_length - used[row], row))
-    width = max(used, default=0)
-    starts = [spot[i][0] * width + spot[i][1] for i in range(len(lengths))]
-    return starts, len(used), width
+    return [spot[i] for i in range(len(lengths))], used

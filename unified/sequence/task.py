@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -48,6 +49,11 @@ class Task(ABC):
     def layout(self) -> Layout:
         """The segments and their table."""
 
+    @cached_property
+    def _layout(self) -> Layout:
+        """`layout`, made once: every item of every example is observed by it."""
+        return self.layout
+
     @property
     @abstractmethod
     def generates(self) -> str:
@@ -81,9 +87,9 @@ class Task(ABC):
         blocks. A `lead` is drawn in training, for what may be continued from any of the
         modality's ``leads`` phases. A `limit` of latents goes before that of `limits`.
         """
-        segment = self.layout[kind]
+        segment = self._layout[kind]
         modality = modalities[segment.modality]
-        ends = segment.block is not None or self.layout.is_target(segment)
+        ends = segment.block is not None or self._layout.is_target(segment)
         limit = self.limits.get(kind) if limit is None else limit
         phase = {"lead": lead} if lead else {}
         return modality.observe(item, block=segment.block, ends=ends, limit=limit, **phase)

@@ -37,6 +37,9 @@ from unified.latents.weights import check_names, check_shapes, named_tensors
 from unified.training.ema import EMA
 
 STATE = "state.json"
+#: how chance is drawn, for checkpoints that were made when it was drawn in another way; they say
+#: nothing of it
+DRAWS = "philox"
 
 # a process alone need not be told that it is
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -121,7 +124,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> object:
 def seal(partial: Path, path: Path, stage: str, progress: Mapping[str, Any]) -> None:
     """Make the folder `partial`, whose tensors are written, the checkpoint `path`."""
     files = {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in _shards(partial)}
-    state = {"stage": stage, "progress": progress, "files": files}
+    state = {"stage": stage, "progress": progress, "draws": DRAWS, "files": files}
     (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     for file in (*_shards(partial), partial / STATE, partial):
         to_disk(file)
@@ -152,6 +155,12 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return state if there == {n: f["size"] for n, f in state["files"].items()} else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def draws_alike(path: Path) -> bool:
+    """Whether the checkpoint at `path` was made by steps that drew their chance as steps do now."""
+    state = read_state(path)
+    return state is not None and state.get("draws") == DRAWS
 
 
 def damage(path: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 
+from unified.config.plugins import Plugins, resolve_model
 from unified.config.schema import Config, StageConfig
 from unified.latents.weights import assign, named_tensors
 from unified.pipeline import UnifiedPipeline
@@ -26,24 +27,38 @@ def exported(
     With `weights` ``ema`` the averages take the place of what they average, where there are any.
     ValueError for a folder that is no checkpoint of a run.
     """
+    stage_of(path)
+    folder = RunFolder(path.absolute().parents[1])
+    config = folder.stored_config()
+    plugins = resolve_model(config, trust_remote_code, str(folder.config))
+    return restored(plugins, config, path, weights)
+
+
+def restored(
+    plugins: Plugins, config: Config, path: Path, weights: Literal["ema", "raw"] = "ema"
+) -> UnifiedPipeline:
+    """`exported`, with the plugins that the run's `config` names."""
+    folder, name = RunFolder(path.absolute().parents[1]), stage_of(path)
+    stage = next(s for s in config.stages if s.name == name)
+    pipeline = UnifiedPipeline.read_from(plugins, config, origin(folder, config, name))
+    tensors = checkpoint.read(path, "model")
+    averages = checkpoint.read(path, "ema") if weights == "ema" else {}
+    found = tensors | averages
+    for prefix, module in parts(stage, pipeline).items():
+        own = {n: found[f"{prefix}.{n}"] for n in named_tensors(module) if f"{prefix}.{n}" in found}
+        assign(named_tensors(module), own, path)
+    pipeline.weights = "ema" if averages else "raw"
+    return pipeline
+
+
+def stage_of(path: Path) -> str:
+    """The stage of a checkpoint. ValueError for a folder that is none."""
     state = checkpoint.read_state(path)
     if state is None:
         raise ValueError(
             f"{path} is not a whole checkpoint; it should be RUN/checkpoints/STAGE-STEP"
         )
-    folder = RunFolder(path.absolute().parents[1])
-    config = folder.stored_config()
-    stages = {stage.name: stage for stage in config.stages}
-    start = origin(folder, config, state["stage"])
-    pipeline = UnifiedPipeline.from_pretrained(start, trust_remote_code)
-    tensors = checkpoint.read(path, "model")
-    averages = checkpoint.read(path, "ema") if weights == "ema" else {}
-    found = tensors | averages
-    for prefix, module in parts(stages[state["stage"]], pipeline).items():
-        own = {n: found[f"{prefix}.{n}"] for n in named_tensors(module) if f"{prefix}.{n}" in found}
-        assign(named_tensors(module), own, path)
-    pipeline.weights = "ema" if averages else "raw"
-    return pipeline
+    return str(state["stage"])
 
 
 def origin(folder: RunFolder, config: Config, stage: str) -> Path:

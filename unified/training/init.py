@@ -26,7 +26,7 @@ VAE = "_vae"
 
 
 @dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What became of the tensors of one part: `new` ones kept their random values, `unused` ones
     have no place here; `files` were taken along."""
 
@@ -42,7 +42,7 @@ class Report:
         return f"{self.origin}: {counts} tensors" + (f" ({', '.join(names)})" if names else "")
 
 
-def initialise(pipeline: UnifiedPipeline) -> dict[str, Report]:
+def initialise(pipeline: UnifiedPipeline) -> dict[str, LoadReport]:
     """Load the parts that ``pipeline.config.init`` names, in place; part -> report.
 
     ValueError for a part that the model does not have or that cannot be read, for a tensor of
@@ -60,7 +60,7 @@ def initialise(pipeline: UnifiedPipeline) -> dict[str, Report]:
     return reports
 
 
-def as_json(reports: dict[str, Report]) -> dict[str, dict[str, object]]:
+def as_json(reports: dict[str, LoadReport]) -> dict[str, dict[str, object]]:
     """The reports as plain values."""
     return {part: asdict(report) for part, report in reports.items()}
 
@@ -74,7 +74,7 @@ def part_folder(origin: Path, part: str) -> Path:
 
 
 @torch.no_grad()
-def transfer(target: nn.Module, source: nn.Module, origin: Path, files: list[str]) -> Report:
+def transfer(target: nn.Module, source: nn.Module, origin: Path, files: list[str]) -> LoadReport:
     """Copy the tensors that both modules have, by name."""
     ours, theirs = named_tensors(target), named_tensors(source)
     check_shapes(ours, theirs, origin)
@@ -85,15 +85,15 @@ def transfer(target: nn.Module, source: nn.Module, origin: Path, files: list[str
         ours[name].copy_(theirs[name])
     new = [name for name in ours if name not in theirs]
     unused = [name for name in theirs if name not in ours]
-    return Report(str(origin), loaded, new, unused, files)
+    return LoadReport(str(origin), loaded, new, unused, files)
 
 
-def _load_prior(pipeline: UnifiedPipeline, part: str, origin: Path) -> Report:
+def _load_prior(pipeline: UnifiedPipeline, part: str, origin: Path) -> LoadReport:
     folder = part_folder(origin, part)
     return transfer(pipeline.prior, read_prior(folder), folder, [])
 
 
-def _load_modality(pipeline: UnifiedPipeline, part: str, origin: Path) -> Report:
+def _load_modality(pipeline: UnifiedPipeline, part: str, origin: Path) -> LoadReport:
     """Both sides go through files, which is where a modality keeps what is not a tensor."""
     name, folder = part.removesuffix(VAE), part_folder(origin, part)
     built = pipeline.modalities[name]

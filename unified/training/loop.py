@@ -187,6 +187,11 @@ class Loop:
             stage.data.load_state_dict(trained.progress.data)
             if main:
                 say(f"continuing {stage.config.name} at step {trained.progress.step}: {found}")
+            if main and not checkpoint.draws_alike(found):
+                say(
+                    f"{found} was made by an earlier version: weights, moments, step and the order"
+                    " of the data go on, but the noise that steps draw changes from here"
+                )
         return trained
 
     def run(self) -> None:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from unified.config.plugins import validate_plugins
+from unified.config.plugins import Plugins, resolve_plugins
 from unified.config.schema import Config
 from unified.model.attention import check_trains
 from unified.model.precision import current_device, resolve
 from unified.pipeline import UnifiedPipeline, write_json
 from unified.randomness import derive
 from unified.training import checkpoint
-from unified.training.export import exported, origin
+from unified.training.export import origin, restored
 from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
 from unified.training.loop import Stage, planned_steps, train_stage
@@ -39,7 +39,7 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     `source` is the configuration's file, for error messages. ValueError for a configuration whose
     parts do not fit, and for a folder that holds a run of another configuration.
     """
-    validate_plugins(config, source, trust_remote_code)
+    plugins = resolve_plugins(config, trust_remote_code, source)
     folder = RunFolder(config.run.dir)
     folder.check(config)
     first = next_stage(config, folder)
@@ -50,30 +50,21 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     sources.check()
     accelerator = start_accelerator(config, folder)
     with folder.claimed() if accelerator.is_main_process else nullcontext():
-        pipeline = starting_point(config, first, folder, sources, accelerator, trust_remote_code)
+        pipeline = starting_point(config, first, folder, sources, accelerator, plugins)
         if accelerator.is_main_process:
             folder.write_config(config)
         for stage in config.stages[first:]:
-            materials = Materials(config, stage, pipeline, sources, trust_remote_code)
+            materials = Materials(config, stage, pipeline, sources, plugins)
             run_stage(materials, folder, accelerator)
             if config.training.sharding != "none":  # whole again, from what the stage left
                 done = folder.stages / stage.name
-                pipeline = open_pipeline(done, config, accelerator, trust_remote_code)
+                pipeline = UnifiedPipeline.read_from(plugins, config, done, accelerator.device)
         if accelerator.is_main_process:
             pipeline.save_pretrained(folder.final)
             say(f"finished: {folder.final}")
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.final
-
-
-def open_pipeline(
-    folder: Path, config: Config, accelerator: Accelerator, trust_remote_code: bool
-) -> UnifiedPipeline:
-    """The pipeline in `folder`, on this process's device, as part of this run."""
-    pipeline = UnifiedPipeline.from_pretrained(folder, trust_remote_code, accelerator.device)
-    pipeline.config = config
-    return pipeline
 
 
 def next_stage(config: Config, folder: RunFolder) -> int:
@@ -165,7 +156,7 @@ def starting_point(
     folder: RunFolder,
     sources: Sources,
     accelerator: Accelerator,
-    trust_remote_code: bool,
+    plugins: Plugins,
 ) -> UnifiedPipeline:
     """The pipeline that stage `first` begins with: what the one before left, or a new one.
 
@@ -175,16 +166,16 @@ def starting_point(
     start = origin(folder, config, config.stages[first].name)
     begun = start.is_dir() and folder.config.is_file()
     if accelerator.is_main_process and not begun:
-        build(config, folder, sources, trust_remote_code)
+        build(config, folder, sources, plugins)
     accelerator.wait_for_everyone()
-    return open_pipeline(start, config, accelerator, trust_remote_code)
+    return UnifiedPipeline.read_from(plugins, config, start, accelerator.device)
 
 
-def build(config: Config, folder: RunFolder, sources: Sources, trust_remote_code: bool) -> None:
+def build(config: Config, folder: RunFolder, sources: Sources, plugins: Plugins) -> None:
     """Write a new model, with the parts that ``init`` names, to ``initial/``."""
     torch.manual_seed(derive(config.run.seed, "build"))
-    corpora = {name: sources.corpus(name, trust_remote_code) for name in config.modalities}
-    pipeline = UnifiedPipeline.build(config, corpora, trust_remote_code)
+    corpora = {name: sources.corpus(name, plugins) for name in config.modalities}
+    pipeline = UnifiedPipeline.build_from(plugins, config, corpora)
     reports = initialise(pipeline)
     for part, report in reports.items():
         say(f"init.{part}: {report}")
@@ -231,13 +222,10 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
 
 def whole(materials: Materials, folder: RunFolder, step: int) -> UnifiedPipeline:
     """The pipeline after `step` steps of a sharded stage, from its checkpoint."""
-    name, trust = materials.stage.name, materials.trust_remote_code
+    config, name = materials.config, materials.stage.name
     if step:
-        pipeline = exported(folder.checkpoints / f"{name}-{step}", trust_remote_code=trust)
-    else:
-        pipeline = UnifiedPipeline.from_pretrained(origin(folder, materials.config, name), trust)
-    pipeline.config = materials.config
-    return pipeline
+        return restored(materials.plugins, config, folder.checkpoints / f"{name}-{step}")
+    return UnifiedPipeline.read_from(materials.plugins, config, origin(folder, config, name))
 
 
 def sound(folder: RunFolder, stage: str) -> int:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from unified.config.schema import GenerationConfig
 from unified.data.streams import Prepared
-from unified.generation.blocks import Generator, Request
-from unified.generation.sampler import Sampler
+from unified.generation.items import Inference, Wish
 from unified.latents.modality import Modality, decode, encode, modes
 from unified.latents.ragged import Latent
 from unified.pipeline import UnifiedPipeline
@@ -49,19 +48,17 @@ def write_reconstructions(
 
 
 def generate(
-    pipeline: UnifiedPipeline, task: str, examples: Sequence[Prepared], config: GenerationConfig
+    pipeline: UnifiedPipeline, task: str, examples: Sequence[Prepared], settings: GenerationConfig
 ) -> list[Any]:
     """The items that `task` generates for `examples`, each as large as the true one."""
     layout, target = pipeline.tasks[task].layout, pipeline.tasks[task].generates
-    requests = [
-        request(layout, target, encoded(pipeline.modalities, layout, e), derive("sample", e.slot))
-        for e in examples
-    ]
-    layouts = {name: t.layout for name, t in pipeline.tasks.items()}
-    sampler = Sampler.of(config)
-    latents = Generator(pipeline.prior, layouts).run(task, target, requests, sampler)
-    modality = pipeline.modalities[layout[target].modality]
-    return [modality.realise(o) for o in decode(modality, latents)]
+    wishes = [wish(layout, target, encoded(pipeline.modalities, layout, e)) for e in examples]
+    seeds = [derive("sample", e.slot) for e in examples]
+    inference = Inference(pipeline.modalities, pipeline.tasks, pipeline.prior, task)
+    made: dict[int, Any] = {}
+    for items in inference.stream(wishes, settings, seeds):
+        made |= items
+    return [made[index] for index in range(len(examples))]
 
 
 def encoded(
@@ -74,14 +71,14 @@ def encoded(
     }
 
 
-def request(layout: Layout, target: str, latents: Mapping[str, Latent], seed: int) -> Request:
+def wish(layout: Layout, target: str, latents: Mapping[str, Latent]) -> Wish:
     """All but the target as given; without anything else, the target's first half."""
     given = {kind: latent for kind, latent in latents.items() if kind != target}
     grid = latents[target].grid
-    if not given and layout[target].block is not None:
-        half = grid[0] // 2
-        given = {target: Latent(latents[target].values[:half], (half,))}
-    return Request(given, grid, seed)
+    if given or layout[target].block is None:
+        return Wish(given, grid=grid)
+    half = grid[0] // 2
+    return Wish({target: Latent(latents[target].values[:half], (half,))}, grid=(grid[0] - half,))
 
 
 def write(folder: Path, stream: str, modality: Modality, items: Sequence[Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unified.config.plugins import critic_plugins, modality_plugins
+from unified.config.plugins import Plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.batches import Collate
 from unified.data.examples import Example
@@ -67,13 +67,13 @@ class Sources:
     def has(self, name: str, split: str) -> bool:
         return bool(getattr(self.config.data.sources[name], split))
 
-    def corpus(self, modality: str, trust_remote_code: bool = False) -> Iterator[Any]:
+    def corpus(self, modality: str, plugins: Plugins) -> Iterator[Any]:
         """The items of one modality in the first `CORPUS_EXAMPLES` examples of each training
         source; those that cannot be read are left out.
 
         They are read by a modality that has no corpus yet, which is built on the first item.
         """
-        plugin, options = modality_plugins(self.config, trust_remote_code)[modality]
+        plugin, options = plugins.modalities[modality]
         reader = {modality: plugin.build(options, None)}
         for name in self.config.data.sources:
             for raw in islice(self(name), CORPUS_EXAMPLES):
@@ -94,10 +94,10 @@ class Materials:
         stage: StageConfig,
         pipeline: UnifiedPipeline,
         sources: Sources,
-        trust_remote_code: bool = False,
+        plugins: Plugins,
     ):
         self.config, self.stage, self.pipeline, self.sources = config, stage, pipeline, sources
-        self.trust_remote_code = trust_remote_code
+        self.plugins = plugins
 
     def see_stored(self) -> None:
         """Take the autoencoders' fingerprints, if latents are stored, while they are whole and in
@@ -109,7 +109,7 @@ class Materials:
 
     def objective(self) -> Objective:
         make = OBJECTIVES[self.stage.objective]
-        return make(self.config, self.stage, self.pipeline, self.trust_remote_code)
+        return make(self.config, self.stage, self.pipeline, self.plugins)
 
     @cached_property
     def streams(self) -> list[tuple[str, ItemStream | TaskStream, str, float]]:
@@ -233,20 +233,19 @@ class Materials:
 
 
 def _autoencoder(
-    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, plugins: Plugins
 ) -> Objective:
     """Critics begin with weights that are a function of the seed and the stage."""
-    del trust_remote_code
     modality = pipeline.modalities[str(stage.modality)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(config.run.seed, stage.name, "critics"))
-        plugins = critic_plugins(type(modality), stage)
-        critics = {name: cls(options) for name, (cls, options) in plugins.items()}
+        found = plugins.critics[stage.name].items()
+        critics = {name: cls(options) for name, (cls, options) in found}
     return AutoencoderObjective(modality, stage, config.run.seed, critics)
 
 
 def _joint(
-    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, plugins: Plugins
 ) -> Objective:
     """With ``loss.ref``, the encoders as they stand now are the reference of eq. 3.18."""
     anchored = stage.loss.ref > 0 and stage.optimizer.vae_lr_ratio > 0
@@ -264,22 +263,23 @@ def _joint(
         config.flow,
         config.run.seed,
         {name: deepcopy(modality) for name, modality in learning.items()},
-        _alignment(config, stage, pipeline, trust_remote_code),
+        _alignment(config, stage, pipeline, plugins),
     )
 
 
 def _alignment(
-    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, trust_remote_code: bool
+    config: Config, stage: StageConfig, pipeline: UnifiedPipeline, plugins: Plugins
 ) -> Alignment | None:
     """With ``alignment``, its encoder and a new projection."""
     if stage.alignment is None:
         return None
     torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
     modality = pipeline.modalities[stage.alignment.modality]
-    return Alignment.build(stage.alignment, modality, config.prior.width, trust_remote_code)
+    make = plugins.encoders[stage.name]
+    return Alignment.build(stage.alignment, modality, config.prior.width, make)
 
 
-OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, bool], Objective]] = {
+OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, Plugins], Objective]] = {
     "autoencoder": _autoencoder,
     "joint": _joint,
 }

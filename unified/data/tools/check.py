@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from unified.config.plugins import Plugins, resolve_plugins
 from unified.config.schema import Config
 from unified.data.members import check_pixels, read_member, upright_size
 from unified.data.remote import Access
@@ -34,7 +35,7 @@ Judge = Callable[[RawExample], tuple[list[str], list[str]]]
 
 
 @dataclass(frozen=True)
-class Bad:
+class Finding:
     """A finding: the shard, the key of the example (empty: the shard as a whole), the reason."""
 
     shard: str
@@ -58,7 +59,7 @@ class Tally:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     #: task or stage -> examples that it can use
     usable: Counter[str] = field(default_factory=Counter)
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[Finding] = field(default_factory=list)
     #: key -> the first shard that has it
     keys: dict[str, str] = field(default_factory=dict)
 
@@ -75,7 +76,7 @@ class Tally:
             again[shard, self.keys.setdefault(key, shard)] += 1
         for (shard, first), count in again.items():
             if first != shard:
-                self.bad.append(Bad(shard, "", f"{count:,} of its keys are also in {first}"))
+                self.bad.append(Finding(shard, "", f"{count:,} of its keys are also in {first}"))
 
     def note(self, item: Any) -> None:
         """Count a member that was read."""
@@ -87,7 +88,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Report:
+class SourceReport:
     """What was found in one split of one source, and which uses were asked about."""
 
     source: str
@@ -98,19 +99,23 @@ class Report:
 
 def check_config(
     config: Config, trust_remote_code: bool = False, workers: int | None = None
-) -> list[Report]:
-    """A report on every split of every source, with what the tasks and stages need of it."""
+) -> list[SourceReport]:
+    """A report on every split of every source, with what the tasks and stages need of it.
+
+    ValueError for a configuration whose parts do not fit.
+    """
     named = {
         (name, split): urls
         for name, source in config.data.sources.items()
         for split, urls in source.all_splits.items()
     }
-    return _check(named, config.model_dump_json(), trust_remote_code, workers)
+    plugins = resolve_plugins(config, trust_remote_code)
+    return _check(named, _Asked(config, plugins), workers)
 
 
-def check_shards(urls: Sequence[str], workers: int | None = None) -> list[Report]:
+def check_shards(urls: Sequence[str], workers: int | None = None) -> list[SourceReport]:
     """One report on these shards. Of images only the headers are read."""
-    return _check({("shards", ""): urls}, None, False, workers)
+    return _check({("shards", ""): urls}, _Asked(), workers)
 
 
 def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> Tally:
@@ -124,9 +129,9 @@ def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> 
         if not tally.examples[url]:
             raise ValueError("it has no examples")
     except FileNotFoundError as error:
-        tally.bad.append(Bad(url, "", f"there is no file {error.filename}"))
+        tally.bad.append(Finding(url, "", f"there is no file {error.filename}"))
     except (tarfile.TarError, ValueError, OSError) as error:
-        tally.bad.append(Bad(url, "", f"damaged, cut short or no plain tar: {one_line(error)}"))
+        tally.bad.append(Finding(url, "", f"damaged, cut short or no plain tar: {one_line(error)}"))
     return tally
 
 
@@ -151,7 +156,7 @@ def _examine(
     tally.keys.setdefault(key, url)
     tally.members.update(ending for ending, _ in found)
     tally.examples[url] += 1
-    tally.bad += [Bad(url, key, reason) for reason in reasons]
+    tally.bad += [Finding(url, key, reason) for reason in reasons]
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes]]:
@@ -186,56 +191,69 @@ def _check_end(file: IO[bytes], end: int) -> None:
 # ---- in several processes ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The configuration whose sources are checked, if shards are not named by themselves; every
+    process is handed it, and builds the modalities once."""
+
+    config: Config | None = None
+    plugins: Plugins | None = None
+
+    @cached_property
+    def needs(self) -> Mapping[str, Any]:
+        """Source -> `Needs`."""
+        from unified.data.tools.needs import needs
+
+        return needs(self.config, self.plugins) if self.config and self.plugins else {}
+
+    def scan(self, job: tuple[str, str]) -> Tally:
+        """The shard of a (source, shard)."""
+        source, url = job
+        if self.config is None:
+            return scan(url)
+        return scan(url, self.needs[source].judge, access_of(self.config.data))
+
+
 def _check(
-    named: Mapping[tuple[str, str], Iterable[str]],
-    config: str | None,
-    trust_remote_code: bool,
-    workers: int | None,
-) -> list[Report]:
-    """A report for each (source, split); `config` is JSON, which processes can be handed."""
+    named: Mapping[tuple[str, str], Iterable[str]], asked: _Asked, workers: int | None
+) -> list[SourceReport]:
+    """A report for each (source, split)."""
     from webdataset.shardlists import expand_urls
 
-    jobs = [(at, url) for at, urls in named.items() for u in urls for url in expand_urls(u)]
-    asked = [(url, at[0], config, trust_remote_code) for at, url in jobs]
-    reports = {
-        at: Report(*at, Tally(), _uses(at[0], config, trust_remote_code)) for at in named
-    }  # before any process starts: a mistake in the configuration is told once
-    for (at, _), tally in zip(jobs, _tallies(asked, workers or os.cpu_count() or 1), strict=True):
+    places = [(at, url) for at, urls in named.items() for u in urls for url in expand_urls(u)]
+    jobs = [(source, url) for (source, _), url in places]
+    uses = {source: tuple(need.uses) for source, need in asked.needs.items()}
+    reports = {at: SourceReport(*at, Tally(), uses.get(at[0], ())) for at in named}
+    found = _tallies(asked, jobs, workers or os.cpu_count() or 1)
+    for (at, _), tally in zip(places, found, strict=True):
         reports[at].found.add(tally)
     return list(reports.values())
 
 
-def _tallies(asked: Sequence[tuple[Any, ...]], workers: int) -> Iterator[Tally]:
+def _tallies(asked: _Asked, jobs: Sequence[tuple[str, str]], workers: int) -> Iterator[Tally]:
     """One per shard, in order."""
     from tqdm import tqdm
 
-    with tqdm(total=len(asked), unit="shard", disable=None) as bar:
-        if workers == 1 or len(asked) == 1:
-            for arguments in asked:
-                yield _scan(arguments)
+    with tqdm(total=len(jobs), unit="shard", disable=None) as bar:
+        if workers == 1 or len(jobs) == 1:
+            for job in jobs:
+                yield asked.scan(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(min(workers, len(asked))) as processes:
-            for tally in processes.map(_scan, asked):
+        handed = _Asked(asked.config, asked.plugins)
+        with ProcessPoolExecutor(min(workers, len(jobs)), None, _hand, (handed,)) as processes:
+            for tally in processes.map(_scan, jobs):
                 yield tally
                 bar.update()
 
 
-def _scan(asked: tuple[str, str, str | None, bool]) -> Tally:
-    url, source, config, trust = asked
-    if config is None:
-        return scan(url)
-    access = access_of(Config.model_validate_json(config).data)
-    return scan(url, _needs(config, trust)[source].judge, access)
+#: in a process of the pool: what it was handed
+_handed: list[_Asked] = []
 
 
-def _uses(source: str, config: str | None, trust: bool) -> tuple[str, ...]:
-    return tuple(_needs(config, trust)[source].uses) if config else ()
+def _hand(asked: _Asked) -> None:
+    _handed[:] = [asked]
 
 
-@cache
-def _needs(config: str, trust: bool) -> Any:
-    """Source -> `Needs`; the modalities are built once in each process."""
-    from unified.data.tools.needs import needs
-
-    return needs(Config.model_validate_json(config), trust)
+def _scan(job: tuple[str, str]) -> Tally:
+    return _handed[0].scan(job)

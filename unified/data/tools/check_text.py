@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from unified.data.tools.check import Report, Tally
-from unified.tables import size
+from unified.data.tools.check import SourceReport, Tally
+from unified.tables import size, table
 
 #: the shapes, width to height, that images are counted by; each goes to the nearest
 SHAPES = ((1, 3), (1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1), (3, 1))
@@ -63,12 +63,12 @@ def epoch(examples: int, batch_size: int | None, ranks: int) -> dict[str, int] |
     return {"steps": steps, "examples_per_rank": batch_size // ranks, "remainder": rest}
 
 
-def total(reports: Sequence[Report]) -> int:
+def total(reports: Sequence[SourceReport]) -> int:
     """How many findings there are."""
     return sum(len(report.found.bad) for report in reports)
 
 
-def as_json(report: Report, batch_size: int | None = None, ranks: int = 1) -> dict[str, Any]:
+def as_json(report: SourceReport, batch_size: int | None = None, ranks: int = 1) -> dict[str, Any]:
     """The report as plain data."""
     found, examples = report.found, sum(report.found.examples.values())
     return {
@@ -89,17 +89,16 @@ def as_json(report: Report, batch_size: int | None = None, ranks: int = 1) -> di
     }
 
 
-def as_text(report: Report, batch_size: int | None = None, ranks: int = 1) -> str:
+def as_text(report: SourceReport, batch_size: int | None = None, ranks: int = 1) -> str:
     """The report as lines to read."""
     told = as_json(report, batch_size, ranks)
     name = f"{report.source} {report.split}".strip()
     shards = f"{told['shards']:,} shard{'s' * (told['shards'] != 1)}"
-    rows = {label: text for label, text in _rows(told, batch_size, ranks) if text}
-    width = max(map(len, rows), default=0)
+    rows = [row for row in _rows(told, batch_size, ranks) if row[1]]
     return "\n".join(
         [
             f"{name}: {shards}, {told['examples']:,} examples, {size(told['bytes'])}",
-            *(f"  {label:<{width}}  {text}" for label, text in rows.items()),
+            *(f"  {line}" for line in table(rows, "l").splitlines()),
             *_findings(report.found),
         ]
     )

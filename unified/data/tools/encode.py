@@ -59,7 +59,6 @@ def encode(
     dtype: torch.dtype = torch.float32,
     part: tuple[int, int] = (0, 1),
     batch_size: int = 16,
-    trust_remote_code: bool = False,
 ) -> Encoded:
     """Write the latents of every source and split of every task of the (first) joint stage.
 
@@ -67,13 +66,13 @@ def encode(
     joint stage, or whose joint stage trains the autoencoders.
     """
     stage = joint_stage(config)
-    materials = Materials(config, stage, pipeline, Sources(config))
+    materials = Materials(config, stage, pipeline, Sources(config), pipeline.plugins)
     if not (out / "model").is_dir():
         materials.fit_statistics(without_statistics(materials))
         pipeline.save_pretrained(out / "model")
     else:  # another part began: its statistics count
-        pipeline = UnifiedPipeline.from_pretrained(out / "model", trust_remote_code)
-        materials = Materials(config, stage, pipeline, Sources(config))
+        pipeline = UnifiedPipeline.read_from(pipeline.plugins, pipeline.config, out / "model")
+        materials = Materials(config, stage, pipeline, Sources(config), pipeline.plugins)
     for modality in pipeline.modalities.values():
         modality.eval()
     encoders = {name: fingerprint(m) for name, m in pipeline.modalities.items()}

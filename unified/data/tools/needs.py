@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unified.config.plugins import build_tasks, modality_plugins, validate_plugins
+from unified.config.plugins import Plugins
 from unified.config.schema import Config
 from unified.data.examples import BadExampleError, Example
 from unified.data.shards import RawExample
@@ -38,19 +38,15 @@ class Needs:
         ]
 
 
-def needs(config: Config, trust_remote_code: bool = False) -> dict[str, Needs]:
-    """Source -> what its tasks and autoencoder stages need; no weight is allocated.
-
-    ValueError for a configuration whose parts do not fit.
-    """
-    validate_plugins(config, trust_remote_code=trust_remote_code)
+def needs(config: Config, plugins: Plugins) -> dict[str, Needs]:
+    """Source -> what its tasks and autoencoder stages need; no weight is allocated."""
     with torch.device("meta"):
         modalities = {
             name: plugin.build(options, None)
-            for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
+            for name, (plugin, options) in plugins.modalities.items()
         }
     uses: dict[str, dict[str, Callable[[Example], Any]]] = {n: {} for n in config.data.sources}
-    for name, task in build_tasks(config, trust_remote_code).items():
+    for name, task in plugins.tasks.items():
         for source in task.config.sources:
             uses[source][f"task {name}"] = task.fill
     for stage in config.stages:

@@ -14,6 +14,7 @@ from typing import Any
 
 from unified.errors import as_text
 from unified.evaluation.benchmarks.scoring import KINDS, Verdict, cut, official, paper
+from unified.tables import table
 
 RULES: dict[str, Callable[..., Verdict]] = {"official": official, "paper": paper}
 
@@ -101,6 +102,6 @@ def score_file(path: Path | str, task: str | None = None) -> Accuracy:
 
 
 def as_table(found: Sequence[Accuracy]) -> str:
-    lines = [f"{'task':<12}{'rows':>6}{'official':>10}{'paper':>8}"]
-    lines += [f"{a.task:<12}{a.rows:>6}{a.official:>10.2f}{a.paper:>8.2f}" for a in found]
-    return "\n".join(lines)
+    """Both accuracies of each, in percent."""
+    rows = [(a.task, str(a.rows), f"{a.official:.2f}", f"{a.paper:.2f}") for a in found]
+    return table([("task", "rows", "official", "paper"), *rows])

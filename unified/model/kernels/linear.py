@@ -36,10 +36,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, str]]] = {
 #: whether something is being generated
 _generating = ContextVar("generating", default=False)
 #: layer -> its packed weights
-_kept: WeakKeyDictionary[nn.Module, Packed] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, PackedWeights] = WeakKeyDictionary()
 
 
-class Packed(NamedTuple):
+class PackedWeights(NamedTuple):
     """The weights of a layer as oneDNN arranges them, its bias, and of what they are a copy."""
 
     weight: Tensor
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         x_NI = x_NI.to(dtype)
         return torch.ops.mkldnn._linear_pointwise(x_NI, weight, bias, name, [], algorithm)
 
-    def _packed(self, dtype: torch.dtype) -> Packed:
+    def _packed(self, dtype: torch.dtype) -> PackedWeights:
         """The weights for products in this precision; arranged anew if they have changed."""
         versions = [p.is_inference() or p._version for p in self.parameters()]
         source = (dtype, self.weight.data_ptr(), *versions)
@@ -72,7 +72,7 @@ class Linear(nn.Linear):
         if kept is None or kept.source != source:
             weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.to(dtype), None)
             bias = None if self.bias is None else self.bias.to(dtype)
-            kept = _kept[self] = Packed(weight, bias, source)
+            kept = _kept[self] = PackedWeights(weight, bias, source)
         return kept
 
 

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unified.config.registry import trusted
 from unified.config.schema import AlignmentConfig
 from unified.data.batches import Items
 from unified.latents.modality import Modality, decode
@@ -83,7 +82,7 @@ class Aligned:
             f"alignment reads the observations of {m}, but this stage has only their latents: train"
             " it without stored latents, or without alignment"
         )
-        item_K = np.cumsum(mine.place_N.numpy() == 0) - 1  # which item a latent is of
+        item_K = np.cumsum(mine.spot_2N[1].numpy() == 0) - 1  # which item a latent is of
         wanted = np.unique(item_K[latent_M])
         grids = mine.grids
         first = np.array([0, *accumulate(count for count, _ in grids)])
@@ -113,13 +112,13 @@ class Alignment(nn.Module):
 
     @classmethod
     def build(
-        cls, config: AlignmentConfig, modality: Modality, width: int, trust_remote_code: bool
+        cls, config: AlignmentConfig, modality: Modality, width: int, make: Callable[..., Any]
     ) -> Alignment:
         """For a prior of this `width`. What the modality makes of zeros tells F.
 
-        ValueError for an encoder that is not trusted, not found, or gives no such features.
+        `make` is what its encoder's name stands for. ValueError for one that gives no features.
         """
-        encoder = make_encoder(config, trust_remote_code)
+        encoder = make_encoder(config, make)
         grid = modality.grid_for(None)
         zeros = torch.zeros(math.prod(grid), modality.channels)
         parameter = next(modality.parameters())
@@ -172,9 +171,8 @@ class Alignment(nn.Module):
         return torch.cat(parts).index_select(0, aligned.source_M)
 
 
-def make_encoder(config: AlignmentConfig, trust_remote_code: bool) -> Encoder:
+def make_encoder(config: AlignmentConfig, make: Callable[..., Any]) -> Encoder:
     """The encoder of the configuration; a module among them is frozen, and stays in evaluation."""
-    make = trusted("encoder", config.encoder, trust_remote_code)
     try:
         signature(make).bind(**config.options)
     except TypeError as error:

@@ -143,7 +143,14 @@ class JointObjective(Objective):
             modality.requires_grad_(name in self.learning)
         self.collate = JointCollate(
             {name: self.modality(name) for name in modalities},
-            Packer(layouts, self.visibility, prior.config.axes, stage.row_length, training=True),
+            Packer(
+                layouts,
+                self.visibility,
+                prior.config.axes,
+                stage.row_length,
+                training=True,
+                pad_rows=stage.pad_rows,
+            ),
             self.flow,
             Chance(seed, stage.name),
             self.learning,

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from unified.config.schema import StageConfig
 from unified.planning.describe import Counts
-from unified.planning.examples import Grids, Sizes
 from unified.planning.gpus import GPU
 from unified.planning.memory import Memory
+from unified.planning.typical import Grids, Sizes
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """On what, and how: `precision` and `steps` are the configuration's where None."""
 
     gpu: GPU
@@ -38,7 +38,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleCost:
     """One example of a task: its share of the batch, its grids by kind, and its FLOPs."""
 
     share: float
@@ -73,11 +73,11 @@ class Plan:
     examples fill the microbatch that `memory` is for."""
 
     stage: StageConfig
-    request: Request
+    request: PlanRequest
     precision: str
     steps: int
     counts: dict[str, Counts]
-    examples: dict[str, Example]
+    examples: dict[str, ExampleCost]
     heaviest: str
     memory: dict[tuple[bool, bool], Memory]
     #: (items, tokens) of each modality in an average example

@@ -31,7 +31,7 @@ from unified.model.kernels.linear import Linear
 FAR = 1 << 24
 
 
-class KVCache:
+class TextKVCache:
     """Keys and values of what one stack has read, by block, and their positions [B, S].
 
     Samples may differ in length: padding is kept in place, at position FAR.
@@ -79,7 +79,7 @@ def rotate(x_BHSh: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x_BHSh)
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One transformer block; parameter names are those of the official checkpoints."""
 
     def __init__(self, config: TextVAEConfig):
@@ -96,7 +96,7 @@ class Block(nn.Module):
         self.ffn_out = Linear(config.ffn_dim // (1 + gated), dim, bias=config.bias)
 
     def forward(
-        self, x_BLD: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x_BLD: Tensor, table: Tensor, mask: Tensor | None, cache: TextKVCache | None
     ) -> Tensor:
         if self.config.post_norm:
             x_BLD = self.norm_attn(x_BLD) + self._attend(x_BLD, table, mask, cache)
@@ -105,7 +105,7 @@ class Block(nn.Module):
         return x_BLD + self._feed_forward(self.norm_ffn(x_BLD))
 
     def _attend(
-        self, x_BLD: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x_BLD: Tensor, table: Tensor, mask: Tensor | None, cache: TextKVCache | None
     ) -> Tensor:
         q, k, v = self.qkv_proj(x_BLD).chunk(3, dim=-1)
         if cache is not None:
@@ -128,11 +128,11 @@ class Blocks(nn.ModuleList):
     """A stack of blocks, with what they share: positions, rotation and mask."""
 
     def __init__(self, config: TextVAEConfig, count: int):
-        super().__init__(Block(config) for _ in range(count))
+        super().__init__(TransformerBlock(config) for _ in range(count))
         self.config = config
 
     def forward(
-        self, x_BLD: Tensor, lengths_B: Tensor | None = None, cache: KVCache | None = None
+        self, x_BLD: Tensor, lengths_B: Tensor | None = None, cache: TextKVCache | None = None
     ) -> Tensor:
         """Transform `x_BLD`, of which sample b is real up to ``lengths_B[b]`` (None: all of it).
 

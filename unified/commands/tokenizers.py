@@ -58,9 +58,11 @@ def show(
     text: Annotated[str, typer.Option(help="The text to take apart.")],
 ) -> None:
     """Print the ids of a text and what each stands for."""
+    from unified.tables import table
+
     tokenizer = _class().load(source)
-    for i in tokenizer.encode(text):
-        print(f"{i:>7}  {tokenizer.decode_all([i])!r}")
+    rows = [(str(i), repr(tokenizer.decode_all([i]))) for i in tokenizer.encode(text)]
+    print(table(rows, "rl"))
 
 
 def _texts(sources: list[str], field: str) -> Iterator[str]:
