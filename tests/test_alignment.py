@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from unified.config.plugins import resolve_plugins
 from unified.config.schema import Config
+from unified.latents.modality import encode
 from unified.pipeline import UnifiedPipeline
 from unified.training import checkpoint as checkpoint_files
 from unified.training.objectives.alignment import on_grid
 from unified.training.objectives.joint import JointObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
-from unified.training.work import averages, total
+from unified.training.work import add, total
 
 FEATURES = 6
 
@@ -103,7 +104,7 @@ def test_without_it_nothing_changes() -> None:
     names = {n for n in aligned.state_dict() if not n.startswith("alignment.projection.")}
     assert names == set(plain.state_dict())
     examples = tiny.examples(pipeline)
-    before, after = (o(o.plan(examples, 0)) for o in (plain, aligned))
+    before, after = (o(o.collate(examples, 0)) for o in (plain, aligned))
     assert after.keys() - before.keys() == {"align/image"}
     assert all(before[k].equal(after[k]) for k in before)
     assert "align/image" not in plain.weights(0)
@@ -112,7 +113,7 @@ def test_without_it_nothing_changes() -> None:
 @pytest.mark.parametrize("layer", [1, 2, 3])
 def test_the_gradient_reaches_the_blocks_up_to_the_layer_and_the_projection(layer: int) -> None:
     objective, pipeline = joint(alignment(layer=layer))
-    objective(objective.plan(tiny.examples(pipeline), 0))["align/image"].backward()
+    objective(objective.collate(tiny.examples(pipeline), 0))["align/image"].backward()
     reached = [gradients(block) for block in pipeline.prior.blocks]
     assert reached == [i < layer for i in range(3)]
     assert objective.alignment is not None
@@ -137,19 +138,19 @@ def test_the_encoder_is_frozen_evaluated_and_not_stored() -> None:
 def test_the_count_is_of_the_noisy_positions(modality: str) -> None:
     name = {"image": "Patches", "text": "Lengths"}[modality]
     objective, pipeline = joint(alignment(name, modality=modality))
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    assert plan.counts[f"align/{modality}"] == plan.counts[f"flow/{modality}"] > 0
-    (term,) = objective(plan).keys() - {"flow/image", "flow/text"}
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    assert batch.counts[f"align/{modality}"] == batch.counts[f"flow/{modality}"] > 0
+    (term,) = objective(batch).keys() - {"flow/image", "flow/text"}
     assert term == f"align/{modality}"
 
 
 def test_a_part_without_noisy_positions_has_no_term() -> None:
     objective, pipeline = joint(alignment())
     captioning = [e for e in tiny.examples(pipeline) if e.stream == "captioning"]
-    plan = objective.plan(captioning, 0)
-    assert "align/image" not in plan.counts
+    batch = objective.collate(captioning, 0)
+    assert "align/image" not in batch.counts
     # the projection still takes part, as it does on other processes
-    found = objective(plan)["align/image"]
+    found = objective(batch)["align/image"]
     assert float(found.detach()) == 0
     found.backward()
     gradients = [p.grad for p in objective.alignment.parameters()]  # type: ignore[union-attr]
@@ -162,11 +163,10 @@ def test_no_split_changes_the_loss() -> None:
     examples = tiny.examples(pipeline)
 
     def loss(*parts: list[Any]) -> float:
-        plans = [objective.plan(part, 0) for part in parts]
-        counts = {k: sum(p.counts.get(k, 0.0) for p in plans) for k in objective.weights(0)}
-        found = [objective(p) for p in plans]
-        sums = [sum(float(s.get(k, 0.0)) for s in found) for k in counts]
-        return total(averages(sums, counts), objective.weights(0))
+        batches = [objective.collate(part, 0) for part in parts]
+        counts = add((b.counts for b in batches), list(objective.weights(0)))
+        sums = add((objective(b) for b in batches), list(objective.weights(0)))
+        return total({k: sums[k] / n for k, n in counts.items() if n}, objective.weights(0))
 
     assert loss(examples[:2], examples[2:]) == pytest.approx(loss(examples))
 
@@ -177,7 +177,7 @@ def test_recomputed_blocks_give_the_same_gradient(layer: int) -> None:
         objective, pipeline = joint(alignment(layer=layer))
         for block in pipeline.prior.blocks if recompute else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        sums = objective(objective.plan(tiny.examples(pipeline), 0))
+        sums = objective(objective.collate(tiny.examples(pipeline), 0))
         torch.stack(list(sums.values())).sum().backward()
         return [p.grad for p in objective.parameters()]
 
@@ -190,48 +190,51 @@ def test_recomputed_blocks_give_the_same_gradient(layer: int) -> None:
 @torch.no_grad()
 def test_a_perfect_alignment_is_minus_one() -> None:
     objective, pipeline = joint(alignment())
-    plan = objective.plan(tiny.examples(pipeline), 0)
+    batch = objective.collate(tiny.examples(pipeline), 0)
     aligned, seen = objective.alignment, []
     assert aligned is not None
     aligned.projection.register_forward_hook(lambda module, x, y: seen.append(y))
-    assert float(objective(plan)["align/image"]) > -plan.counts["align/image"]
+    assert float(objective(batch)["align/image"]) > -batch.counts["align/image"]
     aligned._unregistered = (lambda observations: seen[0].split(4),)
-    assert float(objective(plan)["align/image"]) == pytest.approx(-plan.counts["align/image"])
+    assert float(objective(batch)["align/image"]) == pytest.approx(-batch.counts["align/image"])
 
 
 @torch.no_grad()
 def test_features_stand_at_the_positions_of_their_image() -> None:
     """The prior's features replaced by those of the encoder, placed by hand."""
     objective, pipeline = joint(alignment())
-    plan = objective.plan(tiny.examples(pipeline), 0)
+    examples = tiny.examples(pipeline, 9, ((16, 16), (8, 16), (16, 8)))
+    batch = objective.collate(examples, 0)
+    assert len({o.shape for e in examples for o in e.observations.values() if o.ndim == 3}) == 3
     aligned = objective.alignment
     assert aligned is not None
-    rows = torch.zeros(plan.batch.where["image"].shape[0], FEATURES)
-    for span in (s for s in plan.batch.spans if s.segment.modality == "image"):
-        observation = plan.examples[span.sample].observations["I"]
-        rows[span.start : span.stop] = aligned.encoder([observation])[0].flatten(0, 1)
+    images = [e.observations["I"] for e in examples if "I" in e.observations]
+    # the images of a batch, one after the other, are its positions of images
+    rows = torch.cat([aligned.encoder([image])[0].flatten(0, 1) for image in images])
+    assert len(rows) == len(batch.rows.where["image"])
     aligned.projection = nn.Identity()
     tap = aligned.tap()
     tap.streams = {"image": rows}
-    grids = [objective._grids(e) for e in plan.examples]
-    found = aligned.loss(tap, plan.batch, plan.draws, plan.examples, grids)
-    assert float(found["align/image"]) == pytest.approx(-plan.counts["align/image"])
+    found = aligned.loss(tap, batch.rows, batch.items, batch.aligned)
+    assert float(found["align/image"]) == pytest.approx(-batch.counts["align/image"])
 
 
 def test_features_on_another_grid_are_interpolated() -> None:
-    ramp = torch.arange(8.0).expand(4, 8)[..., None]
-    torch.testing.assert_close(on_grid(ramp, (2, 4))[:, 0], torch.tensor([0.5, 2.5, 4.5, 6.5] * 2))
-    assert on_grid(ramp, (4, 8)).equal(ramp.flatten(0, 1))
-    assert on_grid(ramp.flatten(0, 1), (2, 4)).equal(on_grid(ramp, (2, 4)))
-    assert on_grid(torch.ones(3, 5, 2), (7, 2)).equal(torch.ones(14, 2))
-    assert on_grid(torch.arange(6.0)[:, None], (3,))[:, 0].tolist() == [0.5, 2.5, 4.5]
+    """Of two observations of one shape at once, each by itself."""
+    ramp = torch.stack([torch.arange(8.0), -torch.arange(8.0)])[:, None, :, None].expand(2, 4, 8, 1)
+    coarse = torch.tensor([0.5, 2.5, 4.5, 6.5] * 2)
+    torch.testing.assert_close(on_grid(ramp, (2, 4))[..., 0], torch.stack([coarse, -coarse]))
+    assert on_grid(ramp, (4, 8)).equal(ramp.flatten(1, 2))
+    assert on_grid(ramp.flatten(1, 2), (2, 4)).equal(on_grid(ramp, (2, 4)))
+    assert on_grid(torch.ones(1, 3, 5, 2), (7, 2)).equal(torch.ones(1, 14, 2))
+    assert on_grid(torch.arange(6.0)[None, :, None], (3,))[0, :, 0].tolist() == [0.5, 2.5, 4.5]
 
 
 @pytest.mark.parametrize("options", [{"patch": 4}, {"patch": 2, "flat": True}, {"patch": 16}])
 def test_an_encoder_has_a_grid_of_its_own(options: dict[str, Any]) -> None:
     objective, pipeline = joint(alignment(options=options))
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    assert torch.isfinite(objective(plan)["align/image"])
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    assert torch.isfinite(objective(batch)["align/image"])
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -291,15 +294,12 @@ def test_code_runs_only_where_it_is_trusted() -> None:
 
 def test_stored_latents_have_no_pixels_to_look_at() -> None:
     objective, pipeline = joint(alignment())
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    tap = objective.alignment.tap()
-    tap.streams = {"image": torch.zeros(len(plan.batch.where["image"]), 16, dtype=torch.double)}
-    for example in plan.examples:
-        stored = pipeline.modalities["image"].double().encode
+    examples, image = tiny.examples(pipeline), pipeline.modalities["image"]
+    for example in examples:
         for kind in example.observations.keys() & {"I"}:
-            example.observations[kind] = stored([example.observations[kind]])[0]
+            (example.observations[kind],) = encode(image, [example.observations[kind]])
     with pytest.raises(ValueError, match="has only their latents"):
-        objective.alignment.loss(tap, plan.batch, plan.draws, plan.examples, [{}] * 6)
+        objective.collate(examples, 0)
 
 
 # ---- a whole run ---------------------------------------------------------------------------------

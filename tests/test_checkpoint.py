@@ -54,10 +54,10 @@ def killed_at(stage: Stage, step: int) -> Stage:
     """`stage`, which dies in the forward of `step` (from 0)."""
     forward, calls = stage.objective.forward, iter(range(1000))
 
-    def dying(plan: object) -> dict[str, Tensor]:
+    def dying(batch: object) -> dict[str, Tensor]:
         if next(calls) == step * stage.config.accumulate:
             raise KilledError
-        return forward(plan)
+        return forward(batch)
 
     stage.objective.forward = dying  # type: ignore[method-assign]
     return stage
@@ -284,10 +284,10 @@ def test_sigterm_saves_and_stops(
     stage = toy(tmp_path / "stopped", None, settings)
     forward, calls = stage.objective.forward, iter(range(100))
 
-    def asked(plan: object) -> dict[str, Tensor]:
+    def asked(batch: object) -> dict[str, Tensor]:
         if next(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return forward(plan)
+        return forward(batch)
 
     stage.objective.forward = asked  # type: ignore[method-assign]
     with pytest.raises(StoppedError, match=r"stopped at step [34] of toy, .* same command"):

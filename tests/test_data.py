@@ -11,6 +11,7 @@ import pickle
 import tarfile
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from itertools import chain
@@ -109,12 +110,22 @@ def mixture(feeds: list[Feed], batch_size: int = 4, **options: Any) -> Mixture:
     return Mixture(feeds, batch_size=batch_size, seed=3, stage="joint", **options)
 
 
+def batch(m: Mixture, step: int) -> list[Prepared]:
+    """The examples of a step: without a collator of its own, a mixture gives them as they are."""
+    (examples,) = m.batch(step)
+    return examples
+
+
 def keys(m: Mixture, steps: int) -> list[str]:
-    return [prepared.key for step in range(steps) for prepared in m.batch(step)]
+    return [prepared.key for step in range(steps) for prepared in batch(m, step)]
 
 
-def summary(batch: list[Prepared]) -> list[Any]:
-    return [(p.stream, p.key, p.slot, p.observations["X"].tolist()) for p in batch]
+def summary(m: Mixture, step: int) -> list[Any]:
+    return described(batch(m, step))
+
+
+def described(examples: Sequence[Prepared]) -> list[Any]:
+    return [(p.stream, p.key, p.slot, p.observations["X"].tolist()) for p in examples]
 
 
 # ---- shards ------------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ def test_fixed_examples_are_the_first_good_ones(tmp_path, caplog):
 
 def test_each_epoch_visits_each_example_once_in_its_own_order(tmp_path):
     m = mixture([feed(source(tmp_path, "s", 20))])
-    keys = [p.key for step in range(15) for p in m.batch(step)]
+    keys = [p.key for step in range(15) for p in batch(m, step)]
     epochs = [keys[i : i + 20] for i in range(0, 60, 20)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
@@ -372,22 +383,22 @@ def test_each_epoch_visits_each_example_once_in_its_own_order(tmp_path):
 def test_a_batch_is_a_function_of_seed_stage_and_step(tmp_path):
     s = source(tmp_path, "s", 50)
     feeds = [feed(s, "a"), feed(s, "b")]
-    runs = [[summary(m.batch(i)) for i in range(5)] for m in (mixture(feeds), mixture(feeds))]
+    runs = [[summary(m, i) for i in range(5)] for m in (mixture(feeds), mixture(feeds))]
     assert runs[0] == runs[1]
     other = Mixture(feeds, batch_size=4, seed=4, stage="joint")
-    assert runs[0] != [summary(other.batch(i)) for i in range(5)]
+    assert runs[0] != [summary(other, i) for i in range(5)]
 
 
 def test_a_resumed_run_continues_exactly(tmp_path):
     feeds = [feed(source(tmp_path, "s", 10, bad=1), "a"), feed(source(tmp_path, "t", 7), "b", 2.0)]
     through = mixture(feeds, max_bad_share=0.5)
-    batches = [summary(through.batch(i)) for i in range(12)]
+    batches = [summary(through, i) for i in range(12)]
     for stop in (1, 5, 11):
         first, second = (mixture(feeds, max_bad_share=0.5) for _ in range(2))
         for i in range(stop):
             first.batch(i)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert [summary(second.batch(i)) for i in range(stop, 12)] == batches[stop:]
+        assert [summary(second, i) for i in range(stop, 12)] == batches[stop:]
         assert second.state_dict() == through.state_dict()
 
 
@@ -402,7 +413,7 @@ def test_a_state_of_other_data_is_refused(tmp_path):
 def test_streams_are_drawn_by_ratio(tmp_path):
     s = source(tmp_path, "s", 10)
     m = mixture([feed(s, "a", 3.0), feed(s, "none", 0.0), feed(s, "b", 1.0)], batch_size=100)
-    drawn = Counter(p.stream for step in range(20) for p in m.batch(step))
+    drawn = Counter(p.stream for step in range(20) for p in batch(m, step))
     assert set(drawn) == {"a", "b"}
     assert drawn["a"] / 2000 == pytest.approx(0.75, abs=0.04)
 
@@ -422,7 +433,7 @@ def test_ratios_must_make_sense(tmp_path, ratios, words):
 def test_bad_examples_are_replaced_counted_and_reported(tmp_path, caplog):
     m = mixture([feed(source(tmp_path, "s", 20, bad=2))], batch_size=5, max_bad_share=0.2)
     with caplog.at_level(logging.WARNING):
-        keys = [p.key for step in range(12) for p in m.batch(step)]
+        keys = [p.key for step in range(12) for p in batch(m, step)]
     for epoch in (keys[0:20], keys[20:40], keys[40:60]):
         assert set(epoch) == {f"{i:04}" for i in range(2, 20)}
     first = "replacing a bad example, the first of this epoch: shard"
@@ -520,8 +531,8 @@ def test_processes_share_what_one_would_do_alone(tmp_path, processes):
     alone = mixture(feeds, **options)
     parts = [mixture(feeds, **options, process=i, processes=processes) for i in range(processes)]
     for step in range(8):
-        whole = summary(alone.batch(step))
-        shared = [summary(part.batch(step)) for part in parts]
+        whole = summary(alone, step)
+        shared = [summary(part, step) for part in parts]
         assert all(len(part) == 6 // processes for part in shared)
         assert sorted(chain(*shared), key=lambda p: p[2]) == whole
 
@@ -532,11 +543,11 @@ def test_workers_change_nothing_and_do_not_run_ahead_of_the_state(tmp_path, work
     options: Any = {"max_bad_share": 0.2, "shuffle_buffer": 4}
     inline, ahead = mixture(feeds, **options), mixture(feeds, **options, workers=workers)
     for step in range(9):
-        assert summary(ahead.batch(step)) == summary(inline.batch(step))
+        assert summary(ahead, step) == summary(inline, step)
         assert ahead.state_dict() == inline.state_dict()
     resumed = mixture(feeds, **options, workers=workers)
     resumed.load_state_dict(ahead.state_dict())
-    assert summary(resumed.batch(9)) == summary(inline.batch(9))
+    assert summary(resumed, 9) == summary(inline, 9)
     before = len(multiprocessing.active_children())
     for m in (ahead, resumed):
         m.close()
@@ -562,7 +573,7 @@ def test_prefetching_changes_nothing(tmp_path, depth):
 
     def run(depth: int) -> list[Any]:
         m = mixture(feeds)
-        steps = prefetch(lambda step: (summary(m.batch(step)), m.state_dict()), 2, 9, depth)
+        steps = prefetch(lambda step: (summary(m, step), m.state_dict()), 2, 9, depth)
         return list(steps)
 
     ahead = run(depth)
@@ -570,7 +581,7 @@ def test_prefetching_changes_nothing(tmp_path, depth):
     # the state that comes with a batch is the one after that batch, not after those made ahead
     resumed = mixture(feeds)
     resumed.load_state_dict(ahead[3][1])
-    assert summary(resumed.batch(6)) == ahead[4][0]
+    assert summary(resumed, 6) == ahead[4][0]
 
 
 def test_prefetching_runs_ahead_by_the_depth_and_stops_when_told():

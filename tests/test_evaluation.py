@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import toys
 from torch import nn
@@ -13,14 +16,16 @@ from torch import nn
 from unified.config.schema import FlowConfig
 from unified.demos.emoji import name_tokens, named, says_style
 from unified.evaluation import flow_loss
-from unified.evaluation.flow_loss import target_layout, target_loss
+from unified.evaluation.flow_loss import EncodedItems, encode, target_layout, target_loss
 from unified.evaluation.nearest import nearest_centroids, retrieved
 from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.pca import PCA
 from unified.evaluation.reconstruction import reconstruct
 from unified.evaluation.statistics import bootstrap, edit_distance, normalised_edit_distance
 from unified.latents.measures import psnr
-from unified.latents.modality import Latent
+from unified.latents.modality import encode as encode_items
+from unified.latents.modality import modes
+from unified.latents.ragged import Latent
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.modalities.text.tokenizer import Tokenizer
 from unified.randomness import generator
@@ -171,10 +176,31 @@ def test_partners_need_someone_to_pair_with():
 
 
 def test_only_the_condition_changes_hands():
-    encoded = [{"C": Latent(torch.full((2, 3), i), (2,)), "I": i} for i in range(3)]
+    encoded = items([{"C": says(i, (2,)), "I": says(10 + i, (1, 2))} for i in range(3)])
     swapped = repaired(encoded, [1, 2, 0], "I")
-    assert [e["I"] for e in swapped] == [0, 1, 2]
-    assert [int(e["C"].values[0, 0]) for e in swapped] == [1, 2, 0]
+    assert [first(swapped["I"], i) for i in range(3)] == [10, 11, 12]
+    assert [first(swapped["C"], i) for i in range(3)] == [1, 2, 0]
+    assert [first(encoded["C"], i) for i in range(3)] == [0, 1, 2]
+
+
+def says(number: float, grid: tuple[int, ...]) -> Latent:
+    return Latent(torch.full((math.prod(grid), 3), float(number)), grid)
+
+
+def first(of: EncodedItems, example: int) -> int:
+    return int(of.latents_KC[of.starts[example], 0])
+
+
+def items(examples: Sequence[Mapping[str, Latent]]) -> dict[str, EncodedItems]:
+    """The latents of examples of one task, kind by kind, the last example first."""
+    found = {}
+    for kind in examples[0]:
+        order = [e[kind] for e in reversed(examples)]
+        begins = list(accumulate((len(z.values) for z in order), initial=0))[:-1]
+        found[kind] = EncodedItems(
+            torch.cat([z.values for z in order]), begins[::-1], [e[kind].grid for e in examples]
+        )
+    return found
 
 
 # ---- the loss of one target ----------------------------------------------------------------------
@@ -189,20 +215,20 @@ class UsesCondition(nn.Module):
         self.task, self.strength = task, nn.Parameter(torch.tensor(strength))
 
     def forward(self, batch):
+        of, time_P = batch.coordinates, batch.time_RL.view(-1)
+        sample_P, kind_P = of.sample.view(-1), of.kind.view(-1)
+        painting = self.task == "text_to_image"
+        kind, given, target = ("C", "text", "image") if painting else ("I", "image", "text")
+        where = batch.where[given]
+        shown = kind_P[where] == batch.rules.kind_index[kind]
+        owner, values = sample_P[where][shown], batch.latents[given][shown]
+        count = owner.bincount()[:, None]
+        mean = values.new_zeros(len(count), values.shape[1]).index_add(0, owner, values) / count
+        at = batch.noisy[target][0]
+        place = batch.where[target][at]
+        exact = (batch.latents[target][at] - mean[sample_P[place]]) / time_P[place][:, None]
         velocity = {m: torch.zeros_like(z) for m, z in batch.latents.items()}
-        given = "C" if self.task == "text_to_image" else "I"
-        clean = {
-            s.sample: batch.latents[s.segment.modality][s.start : s.stop].mean(0)
-            for s in batch.spans
-            if s.segment.kind == given
-        }
-        for s in batch.spans:
-            if s.segment.noise != "clean":
-                here = slice(s.start, s.stop)
-                m = s.segment.modality
-                t = batch.time_RL.view(-1)[batch.where[m][here]][:, None]
-                exact = (batch.latents[m][here] - clean[s.sample]) / t
-                velocity[m][here] = self.strength * exact
+        velocity[target][at] = self.strength * exact
         return velocity
 
 
@@ -223,9 +249,9 @@ def examples(count: int = 24) -> list[dict[str, Latent]]:
     return made
 
 
-def pick(task: str) -> list[dict[str, Latent]]:
+def pick(task: str) -> dict[str, EncodedItems]:
     kinds = {s.kind for s in TASKS[task].layout.filled}
-    return [{k: v for k, v in e.items() if k in kinds} for e in examples()]
+    return items([{k: v for k, v in e.items() if k in kinds} for e in examples()])
 
 
 @pytest.mark.parametrize("task", ["text_to_image", "captioning"])
@@ -237,7 +263,7 @@ def test_an_interval_tells_use_of_the_condition_from_neglect(task, across):
         own, other = (target_loss(model(task, strength), task, e) for e in (encoded, swapped))
         found = condition_matters(own, other)
         assert (0.0 in found) is not uses
-        assert found.count == len(encoded)
+        assert found.count == len(STYLES)
     assert float(target_loss(model(task, 1.0), task, encoded).model_ED.max()) < 1e-6
 
 
@@ -257,9 +283,9 @@ def test_a_loss_does_not_depend_on_its_batch(monkeypatch):
     pipeline = SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={})
     of = [s for s in toys.samples(40) if s.task == "captioning"]
     latents = toys.latents(of, toys.layouts())
-    encoded = [
-        {k: Latent(z, s.grids[k]) for k, z in e.items()} for s, e in zip(of, latents, strict=True)
-    ]
+    encoded = items(
+        [{k: Latent(z, s.grids[k]) for k, z in e.items()} for s, e in zip(of, latents, strict=True)]
+    )
     together = target_loss(pipeline, "captioning", encoded)
     monkeypatch.setattr(flow_loss, "BATCH", 3)
     apart = target_loss(pipeline, "captioning", encoded)
@@ -278,8 +304,26 @@ def test_the_target_is_the_only_noise():
 
 
 def test_no_examples_have_no_loss():
-    with pytest.raises(ValueError, match="at least one example"):
-        target_loss(model("captioning", 1.0), "captioning", [])
+    with pytest.raises(ValueError, match="at least one; found none"):
+        encode(model("captioning", 1.0), [])
+
+
+def test_each_example_has_the_latents_of_its_own_items(monkeypatch):
+    pipeline = tiny.pipeline()
+    made = tiny.examples(pipeline, 12, ((16, 16), (8, 16)))
+    some = [e for e in made if e.stream == "captioning"]
+    with pytest.raises(ValueError, match="found captioning, continuation, text_to_image"):
+        encode(pipeline, made)
+    monkeypatch.setattr(flow_loss, "BATCH", 3)
+    found = encode(pipeline, some)
+    assert found.keys() == {"P", "I", "C"}
+    for kind, of in found.items():
+        modality = pipeline.modalities["image" if kind == "I" else "text"]
+        for example, start, grid in zip(some, of.starts, of.grids, strict=True):
+            (alone,) = modes(encode_items(modality, [example.observations[kind]]))
+            mine = of.latents_KC[start : start + math.prod(grid)]
+            assert grid == alone.grid
+            torch.testing.assert_close(mine, alone.values, atol=1e-5, rtol=1e-4)
 
 
 # ---- autoencoders --------------------------------------------------------------------------------

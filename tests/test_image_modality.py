@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batched import both, ragged
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unified.latents.modality import Latent
+from unified.latents.modality import decode, encode, modes
+from unified.latents.ragged import Latent, Ragged
 from unified.modalities.image import losses, pixels
 from unified.modalities.image.modality import ImageModality
 
@@ -172,12 +174,12 @@ def test_blocks_must_be_whole(modality: ImageModality) -> None:
 def test_sizes_mix_and_order_is_kept(
     modality: ImageModality, observations: list[torch.Tensor]
 ) -> None:
-    posteriors = modality.encode(observations)
-    decoded = modality.decode([p.mode for p in posteriors])
+    posteriors = encode(modality, observations)
+    decoded = decode(modality, modes(posteriors))
     for observation, posterior, pixels_3HW in zip(observations, posteriors, decoded, strict=True):
-        (alone,) = modality.encode([observation])
+        (alone,) = encode(modality, [observation])
         assert posterior.grid == modality.grid(observation)
-        torch.testing.assert_close(posterior.mean_LC, alone.mean_LC, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(posterior.mean_NC, alone.mean_NC, rtol=1e-4, atol=1e-5)
         assert pixels_3HW.shape == observation.shape
         assert pixels_3HW.dtype == torch.uint8
 
@@ -185,14 +187,11 @@ def test_sizes_mix_and_order_is_kept(
 def test_losses_add_up_over_any_split(
     modality: ImageModality, observations: list[torch.Tensor]
 ) -> None:
-    def generators() -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(i) for i in range(len(observations))]
-
-    whole = modality.loss(observations, generators())
-    parts = [modality.loss([o], [g]) for o, g in zip(observations, generators(), strict=True)]
+    whole = modality.loss(*both(modality, observations))
+    parts = [modality.loss(*both(modality, [o], [i])) for i, o in enumerate(observations)]
     for term, value in whole.items():
         torch.testing.assert_close(sum(p[term] for p in parts), value, rtol=1e-4, atol=1e-3)
-    counts = modality.counts(observations)
+    counts = modality.counts(ragged(modality, observations))
     assert whole.keys() == counts.keys() == modality.weights().keys()
     assert counts["reconstruction"] == 3 * sum(w * h for w, h in SIZES)
     assert counts["kl"] == sum(w * h for w, h in SIZES) / 256
@@ -210,9 +209,9 @@ def test_gradient_error_by_hand() -> None:
 def test_patching_keeps_f16_and_64_channels(pixel_patch: int, levels: int, patch: int) -> None:
     network = {**NETWORK, "block_out_channels": (8,) * levels, "pixel_patch": pixel_patch}
     patched = make(network=network, patch=patch)
-    (posterior,) = patched.encode([patched.observe(picture(64, 32))])
-    assert posterior.mean_LC.shape == (8, 64)
-    assert patched.decode([posterior.mode])[0].shape == (3, 32, 64)
+    (posterior,) = encode(patched, [patched.observe(picture(64, 32))])
+    assert posterior.mean_NC.shape == (8, 64)
+    assert decode(patched, modes([posterior]))[0].shape == (3, 32, 64)
 
 
 def test_merging_latents_is_exact() -> None:
@@ -226,22 +225,22 @@ def test_merging_latents_is_exact() -> None:
 
 def test_float64_is_not_downcast() -> None:
     double = make().double()
-    observation = double.observe(picture(32, 32))
-    (posterior,) = double.encode([observation])
-    assert posterior.mean_LC.dtype == torch.float64
-    terms = double.reconstruction([observation], [posterior.mode])
+    observations = ragged(double, [double.observe(picture(32, 32))])
+    posteriors = double.encode(observations)
+    assert posteriors.mean_NC.dtype == torch.float64
+    terms = double.reconstruction(observations, posteriors.mode)
     assert {value.dtype for value in terms.values()} == {torch.float64}
 
 
 def test_a_few_steps_reduce_the_loss() -> None:
     learner = make().train()
     observations = [learner.observe(Image.new("RGB", (32, 32), c)) for c in ("red", "blue")]
-    counts, weights = learner.counts(observations), learner.weights()
+    batch, chance = both(learner, observations)
+    counts, weights = learner.counts(batch), learner.weights()
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     history = []
     for _ in range(12):
-        generators = [torch.Generator().manual_seed(i) for i in range(2)]
-        terms = learner.loss(observations, generators)
+        terms = learner.loss(batch, chance)
         loss = sum(weights[t] * terms[t] / counts[t] for t in terms)
         optimizer.zero_grad()
         loss.backward()
@@ -255,20 +254,20 @@ def test_a_few_steps_reduce_the_loss() -> None:
 
 def test_statistics_standardise_samples(observations: list[torch.Tensor]) -> None:
     fitted = make()
-    before = fitted.decode([p.mode for p in fitted.encode(observations)])
-    fitted.fit_statistics(observations)
-    posteriors = fitted.encode(observations)
-    mean_NC = torch.cat([p.mean_LC for p in posteriors])
-    variance_NC = torch.cat([p.logvar_LC.exp() for p in posteriors])
+    batch = ragged(fitted, observations)
+    before = fitted.decode(fitted.encode(batch).mode)
+    fitted.fit_statistics(batch)
+    posteriors = fitted.encode(batch)
+    mean_NC, variance_NC = posteriors.mean_NC, posteriors.logvar_NC.exp()
     zero, one = torch.zeros(64), torch.ones(64)
     torch.testing.assert_close(mean_NC.mean(0), zero, rtol=0, atol=1e-3)
     total_C = mean_NC.var(0, correction=0) + variance_NC.mean(0)
     torch.testing.assert_close(total_C, one, rtol=1e-3, atol=0)
-    after = fitted.decode([p.mode for p in posteriors])
-    worst = max((a.int() - b.int()).abs().max() for a, b in zip(before, after, strict=True))
+    after = fitted.decode(posteriors.mode)
+    worst = (before.values.int() - after.values.int()).abs().max()
     assert worst <= 1  # the statistics cancel, up to rounding
     with pytest.raises(ValueError, match="at least one"):
-        fitted.fit_statistics([])
+        fitted.fit_statistics(Ragged(batch.values[:0], (), batch.length_B[:0]))
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -278,14 +277,14 @@ def test_statistics_standardise_samples(observations: list[torch.Tensor]) -> Non
 def saved(tmp_path_factory: pytest.TempPathFactory, observations: list[torch.Tensor]) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     modality = make()
-    modality.fit_statistics(observations)
+    modality.fit_statistics(ragged(modality, observations))
     modality.save_pretrained(folder, "image")
     return folder
 
 
 def test_round_trip_is_exact(saved: Path, observations: list[torch.Tensor]) -> None:
     fitted = make()
-    fitted.fit_statistics(observations)
+    fitted.fit_statistics(ragged(fitted, observations))
     loaded = ImageModality.from_pretrained(saved, "image").eval()
     assert loaded.config == fitted.config
     for name, tensor in fitted.state_dict().items():

@@ -26,6 +26,7 @@ from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
 from unified.latents.critic import Critic
 from unified.latents.measures import psnr, ssim
+from unified.latents.ragged import Ragged
 from unified.latents.weights import named_tensors, read_file
 from unified.modalities.image import pixels
 from unified.modalities.image.adversarial import Adversarial, AdversarialConfig
@@ -100,21 +101,21 @@ def with_gradient(module: nn.Module) -> set[str]:
 )
 def test_each_term_moves_its_own_side_and_no_other(term: str, side: str) -> None:
     judged = objective(loss={"critics": {"adversarial": ADVERSARIAL}})
-    judged(judged.plan(examples(), 0))[term].backward()
+    judged(judged.collate(examples(), 0))[term].backward()
     assert with_gradient(judged) == {side}
 
 
 def test_both_terms_are_of_the_same_discriminator() -> None:
     """The hinge losses, written out image by image."""
     judge = Adversarial(AdversarialConfig(**ADVERSARIAL)).double()
-    real, fake = (list(torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1) for _ in range(2))
-    sums = judge(real, fake)
+    real, fake = (torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    sums = judge([real], [fake])
     on_real, on_fake = (torch.cat([judge.discriminator(x[None]) for x in y]) for y in (real, fake))
     torch.testing.assert_close(sums["adversarial"], -on_fake.sum())
     own = (1 - on_real).clamp_min(0).sum() + (1 + on_fake).clamp_min(0).sum()
     torch.testing.assert_close(sums["discriminator"], own)
     observations = [torch.zeros(3, 16, 24, dtype=torch.uint8)] * 2
-    assert judge.counts(observations) == {
+    assert judge.counts(Ragged.of(observations)) == {
         "adversarial": on_fake.numel(),
         "discriminator": on_real.numel() + on_fake.numel(),
     }
@@ -124,12 +125,12 @@ def test_the_two_sides_pull_against_each_other() -> None:
     """A step down one side's gradient raises what the other wants to lower."""
     torch.manual_seed(0)
     judge = Adversarial(AdversarialConfig(**ADVERSARIAL)).double()
-    real = list(torch.rand(2, 3, 16, 16, dtype=torch.float64))
+    real = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     fake = torch.rand(2, 3, 16, 16, dtype=torch.float64, requires_grad=True)
-    before = judge(real, list(fake))
+    before = judge([real], [fake])
     before["adversarial"].backward()
     assert fake.grad is not None
-    after = judge(real, list((fake - 0.01 * fake.grad).detach()))
+    after = judge([real], [(fake - 0.01 * fake.grad).detach()])
     assert after["adversarial"] < before["adversarial"]
     assert after["discriminator"] > before["discriminator"]
 
@@ -140,9 +141,9 @@ def test_no_split_changes_the_terms(weights: Path, sizes: tuple[int, ...]) -> No
     critics = {"adversarial": ADVERSARIAL, "perceptual": perceptual_options(weights)}
     judged = objective(loss={"critics": critics})
     given = examples(((32, 32), (32, 32), (24, 32)))
-    whole, parts, start = judged.plan(given, 0), [], 0
+    whole, parts, start = judged.collate(given, 0), [], 0
     for size in sizes:
-        parts.append(judged.plan(given[start : start + size], 0))
+        parts.append(judged.collate(given[start : start + size], 0))
         start += size
     sums = [judged(part) for part in parts]
     for term, value in judged(whole).items():
@@ -155,9 +156,9 @@ def test_a_critic_joins_in_at_its_step() -> None:
     judged = objective(loss={"critics": {"adversarial": {**ADVERSARIAL, "start": 3}}})
     terms = {"adversarial", "discriminator"}
     for step in range(5):
-        plan = judged.plan(examples(), step)
-        sums = judged(plan)
-        assert sums.keys() == plan.counts.keys()
+        batch = judged.collate(examples(), step)
+        sums = judged(batch)
+        assert sums.keys() == batch.counts.keys()
         assert (terms <= sums.keys()) == (step >= 3)
         assert terms <= judged.weights(step).keys()
     assert judged.weights(0)["adversarial"] == 0.5
@@ -167,7 +168,7 @@ def test_a_critic_joins_in_at_its_step() -> None:
 def test_an_image_without_a_patch_is_told() -> None:
     judge = Adversarial(AdversarialConfig(width=8, layers=5))
     with pytest.raises(ValueError, match=r"16 x 16 pixels has no patch .* use fewer layers"):
-        judge.counts([torch.zeros(3, 16, 16)])
+        judge.counts(Ragged.of([torch.zeros(3, 16, 16)]))
 
 
 def test_the_discriminator_is_a_function_of_the_seed_and_learns() -> None:
@@ -186,7 +187,7 @@ def test_the_discriminator_is_a_function_of_the_seed_and_learns() -> None:
 def test_the_distance_is_nothing_to_itself_and_grows_with_the_difference(weights: Path) -> None:
     judge = perceptual(weights)
     rng = torch.Generator().manual_seed(0)
-    x, noise = (torch.rand(3, 32, 48, generator=rng) * 2 - 1 for _ in range(2))
+    x, noise = (torch.rand(1, 3, 32, 48, generator=rng) * 2 - 1 for _ in range(2))
     distances = [float(judge([x], [x + s * noise])["perceptual"]) for s in (0, 0.1, 0.3)]
     assert distances[0] == 0
     assert distances[0] < distances[1] < distances[2]
@@ -206,7 +207,9 @@ def test_the_distance_by_its_definition(weights: Path) -> None:
             f = model.features[:depth](colours.double()[None])
             found.append(f / f.norm(dim=1, keepdim=True).clamp_min(1e-6))
         expected = expected + (found[0] - found[1]).detach().square().sum(1).mean()
-    assert float(judge([x], [y])["perceptual"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(judge([x[None]], [y[None]])["perceptual"]) == pytest.approx(
+        float(expected), rel=1e-5
+    )
 
 
 def test_the_backbone_neither_learns_nor_trains(weights: Path) -> None:
@@ -214,7 +217,7 @@ def test_the_backbone_neither_learns_nor_trains(weights: Path) -> None:
     judged = objective(loss={"critics": critics})
     judged.train()
     assert not any(module.training for module in judged.critic("perceptual").modules())
-    judged(judged.plan(examples(((32, 32),)), 0))["perceptual"].backward()
+    judged(judged.collate(examples(((32, 32),)), 0))["perceptual"].backward()
     assert with_gradient(judged) == {"modality"}
     learning = {id(p) for p in judged.groups()["main"]}
     assert not learning & {id(p) for p in judged.critic("perceptual").parameters()}
@@ -238,7 +241,7 @@ def test_counters_of_training_steps_may_be_missing(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "old.pth")
     options = {"backbone": "shufflenet_v2_x0_5", "layers": ("conv1", "stage2")}
     judge = perceptual(tmp_path / "old.pth", **options)
-    x = torch.rand(3, 32, 32)
+    x = torch.rand(1, 3, 32, 32)
     assert float(judge([x], [x])["perceptual"]) == 0
 
 
@@ -293,7 +296,7 @@ def test_validation_means_the_same_at_every_step(weights: Path) -> None:
     terms = {"reconstruction", "gradient", "kl", "perceptual"}
     assert held_out.weights(0).keys() == terms
     assert held_out.weights(0) == held_out.weights(9)
-    assert held_out.plan(examples(((32, 32),)), 0).counts.keys() == terms
+    assert held_out.collate(examples(((32, 32),)), 0).counts.keys() == terms
     ours = {id(p) for p in judged.parameters()}
     assert {id(p) for p in held_out.parameters()} <= ours
 
@@ -373,7 +376,7 @@ def test_a_killed_run_continues_exactly(
 ) -> None:
     step = loop.Loop.step
 
-    def dying(self: loop.Loop, at: int, work: Any) -> dict[str, float]:
+    def dying(self: loop.Loop, at: int, work: Any) -> Any:
         if at == 4:
             raise KeyboardInterrupt
         return step(self, at, work)

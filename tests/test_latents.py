@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batched import both
 from torch import Tensor
 
 from unified import cli
@@ -18,7 +19,7 @@ from unified.evaluation.reconstruction import posteriors
 from unified.evaluation.robustness import log_snr, noise_robustness
 from unified.evaluation.token_table import Judge, as_table, token_table
 from unified.latents.measures import psnr
-from unified.latents.modality import Posterior
+from unified.latents.ragged import Posteriors
 from unified.modalities.text.modality import TextConfig, TextModality
 from unified.pipeline import UnifiedPipeline
 
@@ -28,13 +29,12 @@ TEXT = "a big green square and a small red square beside it"
 @pytest.fixture(scope="module")
 def model() -> UnifiedPipeline:
     """A model whose autoencoder knows its captions, with a prior that knows nothing."""
-    pipeline = tiny.pipeline()
+    pipeline = tiny.pipeline(seed=1)
     text = pipeline.modalities["text"]
     optimizer = torch.optim.Adam(text.parameters(), lr=1e-2)
     shown = [text.observe(c, ends=True) for c in tiny.CAPTIONS]
     for step in range(300):
-        rngs = [torch.Generator().manual_seed(step * 100 + i) for i in range(len(shown))]
-        loss = text.loss(shown, rngs)["reconstruction"] / len(shown)
+        loss = text.loss(*both(text, shown, step=step))["reconstruction"] / len(shown)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -42,8 +42,8 @@ def model() -> UnifiedPipeline:
     return pipeline
 
 
-def gaussian(mean: Tensor, std: float) -> Posterior:
-    return Posterior(mean, torch.full_like(mean, 2 * math.log(std)), (len(mean),))
+def gaussian(mean: Tensor, std: float) -> Posteriors:
+    return Posteriors(mean, torch.full_like(mean, 2 * math.log(std)), ((1, (len(mean),)),))
 
 
 # ---- logSNR -------------------------------------------------------------------------------------

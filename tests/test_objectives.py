@@ -10,6 +10,7 @@ Every option of training has a test that would fail if the option did nothing:
                  optimizer (vae_lr_ratio)                                         here
                  optimizer (all else), interval, accumulate, batch_size           test_training.py
                  too_long                                                         test_data.py
+                 pad_rows                                               test_compiled_step.py
                  steps                                                            test_run.py
                  alignment                                                        test_alignment.py
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,16 +31,18 @@ from torch.distributions import Normal, kl_divergence
 from unified.config.plugins import resolve_plugins
 from unified.config.schema import FlowConfig, LossConfig, StageConfig
 from unified.data.streams import Prepared
-from unified.flow.matching import FlowMatching
-from unified.latents.modality import Posterior
+from unified.flow.matching import Draws, FlowMatching
+from unified.latents.modality import encode
+from unified.latents.ragged import Posteriors
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import generator
+from unified.randomness import Chance
+from unified.sequence.packing import SEGMENTS, NoiseGroups, NoisyPlaces
 from unified.sequence.visibility import UNCONDITIONAL
 from unified.training.objectives.autoencoder import AutoencoderObjective
-from unified.training.objectives.joint import JointObjective, JointPlan
+from unified.training.objectives.joint import JointBatch, JointObjective
 from unified.training.run import train
 from unified.training.stages import Materials, Sources
-from unified.training.work import averages, total
+from unified.training.work import total
 
 VAES = ("text", "image")
 LEARNING = {"vae_lr_ratio": 0.5}
@@ -69,23 +73,50 @@ def autoencoder(modality: str, **stage: Any) -> AutoencoderObjective:
     return objective.double()
 
 
-def posteriors(objective: JointObjective, plan: JointPlan, m: str) -> list[Posterior]:
-    """Of everything that modality `m` encodes, in the order of the examples."""
-    return objective.modality(m).encode([o for _, _, o in objective.observed(plan.examples, m)])
+def posteriors(objective: JointObjective, batch: JointBatch, m: str) -> list[Posteriors]:
+    """Of everything that modality `m` encodes, one by one, in the order of the batch's items."""
+    return batch.items[m].posteriors(objective.modality(m)).items()
 
 
-def normal(posterior: Posterior) -> Normal:
-    return Normal(posterior.mean_LC, torch.exp(0.5 * posterior.logvar_LC))
+def normal(posterior: Posteriors) -> Normal:
+    return Normal(posterior.mean_NC, torch.exp(0.5 * posterior.logvar_NC))
 
 
 def gradients(module: nn.Module) -> bool:
     return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
 
 
-def loss(objective: JointObjective, plan: JointPlan) -> Tensor:
+def loss(objective: JointObjective, batch: JointBatch) -> Tensor:
     """The loss of eq. 3.18 as the loop adds it up."""
-    sums, weights = objective(plan), objective.weights(0)
-    return torch.stack([weights[k] * s / plan.counts[k] for k, s in sums.items()]).sum()
+    sums, weights = objective(batch), objective.weights(0)
+    return torch.stack([weights[k] * s / batch.counts[k] for k, s in sums.items()]).sum()
+
+
+@torch.no_grad()
+def seen_in(objective: JointObjective, batch: JointBatch, name: str) -> tuple[Any, Any]:
+    """What the objective asks of its flow's method `name`, and what it is told."""
+    seen: list[tuple[Any, Any]] = []
+    method = getattr(objective.flow, name)
+
+    def watched(*given: Any) -> Any:
+        seen.append((given, method(*given)))
+        return seen[-1][1]
+
+    setattr(objective.flow, name, watched)
+    objective(batch)
+    delattr(objective.flow, name)
+    return seen[0]
+
+
+def draws_of(objective: JointObjective, batch: JointBatch) -> Draws:
+    """What chance decides while the objective looks at a batch."""
+    draws: Draws = seen_in(objective, batch, "draw")[1]
+    return draws
+
+
+def owner(item: int) -> tuple[int, int]:
+    """(slot of the example, number of the segment) of what has the chance of `item`."""
+    return divmod(item, SEGMENTS)
 
 
 # ---- the terms -----------------------------------------------------------------------------------
@@ -94,12 +125,12 @@ def loss(objective: JointObjective, plan: JointPlan) -> Tensor:
 @pytest.mark.parametrize("m", VAES)
 def test_beta_weighs_minus_the_entropy_and_not_the_kl(m: str) -> None:
     objective, pipeline = joint({"optimizer": LEARNING})
-    plan = objective.plan(tiny.examples(pipeline), 0)
+    batch = objective.collate(tiny.examples(pipeline), 0)
     with torch.no_grad():
-        found, sums = posteriors(objective, plan, m), objective(plan)
+        found, sums = posteriors(objective, batch, m), objective(batch)
     expected = -sum(normal(p).entropy().sum() for p in found)
     torch.testing.assert_close(sums[f"{m}/entropy"], expected)
-    assert f"{m}/kl" not in sums.keys() | plan.counts.keys() | objective.weights(0).keys()
+    assert f"{m}/kl" not in sums.keys() | batch.counts.keys() | objective.weights(0).keys()
     # a Monte Carlo estimate of E[log q], and what a KL to N(0, 1) would have been
     estimate = sum(
         normal(p).log_prob(normal(p).sample(torch.Size([2000]))).sum() / 2000 for p in found
@@ -112,33 +143,44 @@ def test_beta_weighs_minus_the_entropy_and_not_the_kl(m: str) -> None:
 def test_the_flow_term_is_the_squared_error_of_the_velocity() -> None:
     """A new prior predicts zero, so the error is that of the target, eps - z_0, alone."""
     objective, pipeline = joint({"posterior": "mean"})
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    sums, expected = objective(plan), dict.fromkeys(VAES, 0.0)
-    latents = {m: iter(posteriors(objective, plan, m)) for m in VAES}
-    for i, example in enumerate(plan.examples):
-        layout = pipeline.tasks[example.stream].layout
-        z = {k: next(latents[layout[k].modality]).mean_LC for k in example.observations}
-        for span in (s for s in plan.batch.spans if s.sample == i and s.segment.noise != "clean"):
-            m, at = span.segment.modality, slice(span.start, span.stop)
-            draws = plan.draws[m]
-            error = (draws.noise_NC[at] - z[span.segment.copies or span.segment.kind]) ** 2
-            expected[m] += float((error.mean(-1) * draws.noisy_N[at]).sum() * span.segment.weight)
+    examples = tiny.examples(pipeline)
+    batch = objective.collate(examples, 0)
+    means = [
+        {
+            kind: encode(pipeline.modalities[task.layout[kind].modality], [o])[0].mean_NC
+            for kind, o in example.observations.items()
+        }
+        for example in examples
+        for task in [pipeline.tasks[example.stream]]
+    ]
+    sums, expected = objective(batch), dict.fromkeys(VAES, 0.0)
+    draws = draws_of(objective, batch)
+    for m in VAES:
+        noisy = NoisyPlaces(*batch.rows.noisy[m])
+        places = zip(noisy.item.tolist(), noisy.place.tolist(), draws.noise[m], strict=True)
+        for item, place, noise_C in places:
+            slot, number = owner(item)
+            segment = pipeline.tasks[examples[slot].stream].layout.segments[number]
+            z_LC = means[slot][segment.copies or segment.kind]
+            error = (noise_C - z_LC[place]) ** 2
+            expected[m] += float(error.mean() * segment.weight)
     assert {m: float(sums[f"flow/{m}"]) for m in VAES} == pytest.approx(expected)
 
 
 def test_reconstruction_and_masking_are_the_modalitys_own() -> None:
     objective, pipeline = joint({"optimizer": LEARNING, "posterior": "mean"})
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    sums = objective(plan)
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    sums = objective(batch)
     for m in VAES:
-        observations = [o for _, _, o in objective.observed(plan.examples, m)]
-        modes = [p.mode for p in posteriors(objective, plan, m)]
-        own = objective.modality(m).reconstruction(observations, modes)
+        items, modality = batch.items[m], objective.modality(m)
+        observations = items.whole("a test has observations")
+        own = modality.reconstruction(observations, items.posteriors(modality).mode)
+        own |= modality.masking(observations, items.chance(Chance(0, "joint", 0)))
         torch.testing.assert_close({k: sums[f"{m}/{k}"] for k in own}, own)
     assert {"text/mask", "image/gradient"} <= sums.keys()
     assert (
         sums.keys()
-        == plan.counts.keys()
+        == batch.counts.keys()
         == objective.weights(0).keys()
         - {
             "text/ref",
@@ -163,23 +205,23 @@ def test_weights_are_those_of_the_configuration() -> None:
 @torch.no_grad()
 def test_the_reported_total_is_what_is_differentiated() -> None:
     objective, pipeline = joint({"optimizer": LEARNING, "loss": {"vae": 2, "fm": 3}})
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    sums = {k: float(v) for k, v in objective(plan).items()}
-    means = averages([sums[k] for k in plan.counts], plan.counts)
-    assert total(means, objective.weights(0)) == pytest.approx(float(loss(objective, plan)))
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    sums = {k: float(v) for k, v in objective(batch).items()}
+    means = {k: sums[k] / n for k, n in batch.counts.items()}
+    assert total(means, objective.weights(0)) == pytest.approx(float(loss(objective, batch)))
 
 
 @pytest.mark.parametrize("m", VAES)
 @torch.no_grad()
 def test_drift_from_the_reference_is_zero_at_first_and_then_positive(m: str) -> None:
     objective, pipeline = joint({"optimizer": LEARNING, "loss": {"ref": 1}})
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    assert float(objective(plan)[f"{m}/ref"]) == 0
-    before = posteriors(objective, plan, m)
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    assert float(objective(batch)[f"{m}/ref"]) == 0
+    before = posteriors(objective, batch, m)
     for parameter in objective.modality(m).parameters():
         parameter += 0.02 * torch.randn_like(parameter)
-    drift = objective(plan)[f"{m}/ref"]
-    pairs = zip(posteriors(objective, plan, m), before, strict=True)
+    drift = objective(batch)[f"{m}/ref"]
+    pairs = zip(posteriors(objective, batch, m), before, strict=True)
     expected = sum(kl_divergence(normal(p), normal(q)).sum() for p, q in pairs)
     torch.testing.assert_close(drift, expected)
     assert float(drift) > 0
@@ -196,19 +238,25 @@ def test_the_autoencoder_stage_has_the_kl_to_the_base_prior(m: str) -> None:
     pipeline = tiny.pipeline()
     item = {"text": tiny.CAPTIONS[0], "image": tiny.square(tiny.CAPTIONS[0])}[m]
     observation = pipeline.modalities[m].observe(item, ends=True)
-    plan = objective.plan([Prepared("s", "0", 3, {"X": observation})], 5)
-    sums, (posterior,) = objective(plan), objective.modality.encode([observation])
+    batch = objective.collate([Prepared("s", "0", 3, {"X": observation})], 5)
+    sums, (posterior,) = objective(batch), encode(objective.modality, [observation])
     expected = kl_divergence(normal(posterior), Normal(0.0, 1.0)).sum()
     torch.testing.assert_close(sums["kl"], expected)
-    assert sums.keys() == plan.counts.keys() == objective.weights(0).keys()
+    assert sums.keys() == batch.counts.keys() == objective.weights(0).keys()
     assert objective.weights(0)["kl"] == 0.25
     assert objective.weights(0).get("mask") == (0.5 if m == "text" else None)
     # posterior samples, drawn for (seed, stage, step, slot)
-    rng = generator(0, f"{m}_vae", 5, 3, "autoencoder")
-    noise = torch.randn(posterior.mean_LC.shape, generator=rng)
-    latents = [posterior.sample(noise)]
-    own = objective.modality.reconstruction([observation], latents)["reconstruction"]
+    latents = posterior.sample(noise_of(Chance(0, f"{m}_vae", 5), 3, 0, posterior))
+    observations = batch.items.whole("a test has observations")
+    own = objective.modality.reconstruction(observations, latents)["reconstruction"]
     torch.testing.assert_close(sums["reconstruction"], own)
+
+
+def noise_of(chance: Chance, slot: int, segment: int, posterior: Posteriors) -> Tensor:
+    """The noise of the posterior of one item, which depends on nothing else."""
+    length, channels = posterior.mean_NC.shape
+    item = torch.full((length,), SEGMENTS * slot + segment)
+    return chance.normal("posterior", item, torch.arange(length), channels)
 
 
 # ---- who learns ----------------------------------------------------------------------------------
@@ -217,12 +265,12 @@ def test_the_autoencoder_stage_has_the_kl_to_the_base_prior(m: str) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_the_autoencoders_learn_where_their_rate_is_above_zero(ratio: float) -> None:
     objective, pipeline = joint({"optimizer": {"vae_lr_ratio": ratio}})
-    plan = objective.plan(tiny.examples(pipeline), 0)
-    loss(objective, plan).backward()
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    loss(objective, batch).backward()
     for m in VAES:
         reached = [p.grad is not None for p in objective.modality(m).parameters()]
         assert all(reached) if ratio else not any(reached)
-        assert (f"{m}/reconstruction" in plan.counts) == bool(ratio)
+        assert (f"{m}/reconstruction" in batch.counts) == bool(ratio)
     vaes = sum(len(list(objective.modality(m).parameters())) for m in VAES)
     assert len(objective.groups()["vae"]) == (vaes if ratio else 0)
     assert len(objective.groups()["main"]) == len(list(pipeline.prior.parameters()))
@@ -234,7 +282,7 @@ def test_the_flow_loss_reaches_the_encoders_as_configured(noisy: bool, target: b
     flow = {"grad_through_noisy": noisy, "grad_through_target": target}
     objective, pipeline = joint({"optimizer": LEARNING}, {"flow": flow})
     tiny.randomise(pipeline.prior)
-    sums = objective(objective.plan(tiny.examples(pipeline), 0))
+    sums = objective(objective.collate(tiny.examples(pipeline), 0))
     (sums["flow/text"] + sums["flow/image"]).backward()
     for m in VAES:
         assert gradients(objective.modality(m)) == (noisy or target)
@@ -247,7 +295,7 @@ def test_only_one_way_at_a_time_through_the_flow_loss() -> None:
         flow = {"grad_through_noisy": noisy, "grad_through_target": target}
         objective, pipeline = joint({"optimizer": LEARNING}, {"flow": flow})
         tiny.randomise(pipeline.prior)
-        objective(objective.plan(tiny.examples(pipeline), 0))["flow/text"].backward()
+        objective(objective.collate(tiny.examples(pipeline), 0))["flow/text"].backward()
         found = objective.modality("text").network.encoder.final_layer.weight.grad
         assert found is not None
         return found
@@ -285,67 +333,75 @@ def test_the_prior_learns_from_samples_or_from_means() -> None:
     """What reaches the flow loss is exactly the mean, or exactly mean + std * noise."""
     for posterior in ("mean", "sample"):
         objective, pipeline = joint({"posterior": posterior})
-        plan = objective.plan(tiny.examples(pipeline, 1), 7)
-        values: list[dict[str, Tensor]] = [{}]
-        objective._encode("text", plan, values)
-        (q,) = posteriors(objective, plan, "text")
-        rng = generator(0, "joint", 7, 0, "posterior/text")
-        drawn = q.sample(torch.randn(q.mean_LC.shape, generator=rng)).values
-        expected = q.mean_LC if posterior == "mean" else drawn
-        torch.testing.assert_close(values[0]["C"], expected)
-        assert not torch.allclose(q.mean_LC, drawn)
+        batch = objective.collate(tiny.examples(pipeline, 1), 7)
+        (rows, _), _ = seen_in(objective, batch, "corrupt")
+        (q,) = posteriors(objective, batch, "text")
+        kinds = [s.kind for s in pipeline.tasks["continuation"].layout.segments]
+        drawn = q.sample(noise_of(Chance(0, "joint", 7), 0, kinds.index("C"), q)).values
+        expected = q.mean_NC if posterior == "mean" else drawn
+        take = rows.take["text"]
+        torch.testing.assert_close(rows.latents["text"], expected[take])
+        assert take.unique().equal(torch.arange(len(expected)))
+        assert not torch.allclose(q.mean_NC, drawn)
 
 
 def test_draws_belong_to_seed_stage_step_and_slot() -> None:
-    def noise(name: str = "joint", step: int = 0, seed: int = 0) -> Tensor:
+    def noise(name: str = "joint", step: int = 0, seed: int = 0, slot: int = 0) -> Tensor:
         objective, pipeline = joint({"name": name}, {"run": {"seed": seed}})
-        return objective.plan(tiny.examples(pipeline), step).draws["text"].noise_NC
+        examples = [replace(e, slot=e.slot + slot) for e in tiny.examples(pipeline)]
+        return draws_of(objective, objective.collate(examples, step)).noise["text"]
 
     assert noise().equal(noise())
-    for other in (noise("other"), noise(step=1), noise(seed=1)):
+    for other in (noise("other"), noise(step=1), noise(seed=1), noise(slot=6)):
         assert not noise().equal(other)
 
 
-def drawn(changes: Mapping[str, Any], m: str, count: int = 60) -> tuple[JointPlan, Any]:
+def drawn(changes: Mapping[str, Any], count: int = 60) -> tuple[list[Prepared], JointBatch, Draws]:
+    """Examples, what they are collated to, and what chance makes of them."""
     objective, pipeline = joint(None, changes)
-    plan = objective.plan(tiny.examples(pipeline, count), 0)
-    return plan, plan.draws[m]
+    examples = tiny.examples(pipeline, count)
+    batch = objective.collate(examples, 0)
+    return examples, batch, draws_of(objective, batch)
 
 
-def noisy_spans(plan: JointPlan, task: str) -> list[Any]:
-    return [
-        s
-        for s in plan.batch.spans
-        if s.segment.noise != "clean" and plan.examples[s.sample].stream == task
-    ]
+def times(batch: JointBatch, draws: Draws, m: str) -> Tensor:
+    """The timestep of each noisy position of modality `m`."""
+    return draws.t_G[NoisyPlaces(*batch.rows.noisy[m]).group - 1]
 
 
 def test_the_unconditional_rate_is_the_tasks_own() -> None:
     rates = {"continuation": 0.0, "captioning": 1.0, "text_to_image": 0.3}
     tasks = {n: {**t, "unconditional_rate": rates[n]} for n, t in tiny.TASKS.items()}
-    plan, _ = drawn({"tasks": tasks}, "text", 300)
+    examples, batch, draws = drawn({"tasks": tasks}, 900)
+    slots = [owner(item)[0] for item in NoiseGroups(*batch.rows.groups).item.tolist()]
+    streams = [examples[slot].stream for slot in slots]
     for task, rate in rates.items():
-        spans = noisy_spans(plan, task)
-        hidden = [
-            plan.draws[s.segment.modality].unconditional_N[s.start : s.stop].double() for s in spans
-        ]
-        assert float(torch.cat(hidden).mean()) == pytest.approx(rate, abs=0.06 * (0 < rate < 1))
+        hidden = draws.unconditional_G[torch.tensor([stream == task for stream in streams])]
+        assert len(hidden) >= 300
+        found = float(hidden.double().mean())
+        assert found == pytest.approx(rate, abs=0.06 * (0 < rate < 1))
 
 
-def test_relabelled_positions_become_u_in_what_the_prior_reads() -> None:
-    tasks = {n: {**t, "unconditional_rate": 1.0} for n, t in tiny.TASKS.items()}
-    objective, pipeline = joint(None, {"tasks": tasks})
-    plan = objective.plan(tiny.examples(pipeline), 0)
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_relabelled_positions_become_u_in_what_the_prior_reads(rate: float) -> None:
+    tasks = {n: {**t, "unconditional_rate": rate} for n, t in tiny.TASKS.items()}
+    flow = {"clean_prefix_rate": 0.0}
+    objective, pipeline = joint(None, {"tasks": tasks, "flow": flow})
+    batch = objective.collate(tiny.examples(pipeline), 0)
     seen: list[Any] = []
     pipeline.prior.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    objective(plan)
+    draws = draws_of(objective, batch)
     kinds = seen[0].coordinates.kind
-    unconditional = plan.batch.visibility.kind_index[UNCONDITIONAL]
+    unconditional = objective.visibility.kind_index[UNCONDITIONAL]
     marked = {m: kinds.view(-1)[seen[0].where[m]] == unconditional for m in VAES}
     for m in VAES:
-        assert marked[m].equal(plan.draws[m].unconditional_N)
+        noisy = NoisyPlaces(*batch.rows.noisy[m])
+        expected = torch.zeros_like(marked[m])
+        expected[noisy.at] = draws.unconditional_G[noisy.group - 1]
+        assert marked[m].equal(expected)
     assert marked["text"].any()
     assert marked["image"].any()
+    assert bool(draws.unconditional_G.all()) == (rate == 1)
 
 
 def test_timesteps_are_drawn_per_modality() -> None:
@@ -354,23 +410,40 @@ def test_timesteps_are_drawn_per_modality() -> None:
         "image": {"distribution": "uniform"},
     }
     flow = {"timesteps": timesteps, "clean_prefix_rate": 0.0}
-    plan, text = drawn({"flow": flow}, "text")
-    time = text.time_N[text.noisy_N]
+    _, batch, draws = drawn({"flow": flow})
+    time = times(batch, draws, "text")
     torch.testing.assert_close(time, torch.full_like(time, 1 / (1 + math.exp(-1.5))))
-    image = plan.draws["image"]
-    time = image.time_N[image.noisy_N]
+    time = times(batch, draws, "image")
     assert float(time.min()) < 0.25 < 0.75 < float(time.max())
-    plain = drawn({"flow": {"timesteps": {"image": {"loc": -4.0, "scale": 0.1}}}}, "image")[1]
-    assert float(plain.time_N.max()) < 0.05
+    _, batch, draws = drawn({"flow": {"timesteps": {"image": {"loc": -4.0, "scale": 0.1}}}})
+    assert float(times(batch, draws, "image").max()) < 0.05
+
+
+def test_a_noise_group_has_one_timestep() -> None:
+    """A block of text, or a whole image: its positions share one, and others have others. The prior
+    reads it at each of them, and 0 at all that is clean."""
+    objective, pipeline = joint(None, {"flow": {"clean_prefix_rate": 0.0}})
+    batch = objective.collate(tiny.examples(pipeline), 0)
+    seen: list[Any] = []
+    pipeline.prior.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    draws = draws_of(objective, batch)
+    groups = NoiseGroups(*batch.rows.groups)
+    assert len(draws.t_G.unique()) == len(groups.item)
+    assert set(groups.size.tolist()) == {4}  # blocks of 4 tokens, images of 2 x 2 cells
+    for m in VAES:
+        noisy = NoisyPlaces(*batch.rows.noisy[m])
+        expected = torch.zeros(len(batch.rows.where[m]))
+        expected[noisy.at] = times(batch, draws, m)
+        found = seen[0].time_RL.view(-1)[seen[0].where[m]]
+        torch.testing.assert_close(found, expected.to(found))
 
 
 def test_a_location_that_is_not_set_is_the_modalitys_own() -> None:
     for told, location in (({"scale": 0.0}, 1.0), ({"scale": 0.0, "loc": -2.0}, -2.0)):
         flow = {"timesteps": {"text": told, "image": {"scale": 0.0}}, "clean_prefix_rate": 0.0}
-        plan, text = drawn({"flow": flow}, "text")
-        image = plan.draws["image"]
-        for draws, wanted in ((text, location), (image, 0.0)):
-            time = draws.time_N[draws.noisy_N]
+        _, batch, draws = drawn({"flow": flow})
+        for m, wanted in (("text", location), ("image", 0.0)):
+            time = times(batch, draws, m)
             torch.testing.assert_close(time, torch.full_like(time, 1 / (1 + math.exp(-wanted))))
 
 
@@ -383,8 +456,8 @@ def test_a_location_that_is_not_set_is_the_modalitys_own() -> None:
     ],
 )
 def test_timesteps_are_rounded_as_configured(rounding: str, on_grid: Any) -> None:
-    _, text = drawn({"flow": {"round_timesteps": rounding}}, "text")
-    thousandths = text.time_N[text.noisy_N] * 1000
+    _, batch, draws = drawn({"flow": {"round_timesteps": rounding}})
+    thousandths = times(batch, draws, "text") * 1000
     whole = on_grid(thousandths)
     if whole is None:
         assert (thousandths - thousandths.round()).abs().max() > 0.1
@@ -395,13 +468,20 @@ def test_timesteps_are_rounded_as_configured(rounding: str, on_grid: Any) -> Non
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_left_parts_stay_clean_at_their_rate(rate: float) -> None:
-    plan, text = drawn({"flow": {"clean_prefix_rate": rate}}, "text")
-    for span in noisy_spans(plan, "continuation"):
-        counted = text.noisy_N[span.start : span.stop].view(-1, 4)
-        assert bool(counted[:, 0].all()) == (rate == 0)
-        assert counted[:, -1].all()
-    image = plan.draws["image"]
-    assert int(image.noisy_N.sum()) == 4 * len(noisy_spans(plan, "text_to_image")) // 2
+    examples, batch, _ = drawn({"flow": {"clean_prefix_rate": rate}})
+    noisy, groups = NoisyPlaces(*batch.rows.noisy["text"]), NoiseGroups(*batch.rows.groups)
+    text = [g for g, blockwise in enumerate(groups.blockwise.tolist(), 1) if blockwise]
+    assert len(text) >= len(examples)
+    for group in text:
+        places = noisy.within[noisy.group == group].tolist()
+        assert places == list(range(places[0], 4))  # the last latents of a block of 4
+        assert (places[0] == 0) == (rate == 0)
+    assert batch.counts["flow/text"] == len(noisy.at)
+    images = sum(e.stream == "text_to_image" for e in examples)
+    assert batch.rows.noisy["image"].shape[1] == batch.counts["flow/image"] == 4 * images
+    # what stays clean is read at timestep 0
+    steps = batch.rows.step_RL.view(-1)[batch.rows.where["text"]]
+    assert set((steps > 0).nonzero()[:, 0].tolist()) == set(noisy.at.tolist())
 
 
 # ---- sums and counts -----------------------------------------------------------------------------
@@ -435,14 +515,14 @@ def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.Mon
         for e in tiny.examples(pipeline)
     ]  # fmt: skip
     monkeypatch.setattr("unified.flow.matching.velocity", lambda z0, eps: torch.ones_like(z0))
-    plan = objective.plan(given, 0)
+    batch = objective.collate(given, 0)
     entropy = -0.5 * 4 * math.log(2 * math.pi * math.e)
     each = {"flow/text": 1.0, "flow/image": 1.0, "text/entropy": entropy, "image/entropy": entropy}
     each |= dict.fromkeys(("text/reconstruction", "text/mask"), math.log(tiny.TEXT["vocab_size"]))
     each |= {"image/reconstruction": 1.0, "image/gradient": 2.0}
-    sums = objective(plan)
-    assert sums.keys() == plan.counts.keys() == each.keys()
-    assert {k: float(s) / each[k] for k, s in sums.items()} == pytest.approx(plan.counts)
+    sums = objective(batch)
+    assert sums.keys() == batch.counts.keys() == each.keys()
+    assert {k: float(s) / each[k] for k, s in sums.items()} == pytest.approx(batch.counts)
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (1, 5), (2, 2, 2)])
@@ -455,11 +535,11 @@ def test_no_split_changes_sums_or_counts(sizes: tuple[int, ...], row_length: int
         if name == "prior":
             tiny.randomise(module)
     examples = tiny.examples(pipeline)
-    whole = objective.plan(examples, 0)
-    objective.stage.row_length = row_length
+    whole = objective.collate(examples, 0)
+    objective.collate.packer.row_length = row_length
     parts, start = [], 0
     for size in sizes:
-        parts.append(objective.plan(examples[start : start + size], 0))
+        parts.append(objective.collate(examples[start : start + size], 0))
         start += size
     counts = {k: sum(p.counts.get(k, 0) for p in parts) for k in whole.counts}
     assert counts == dict(whole.counts)
@@ -471,10 +551,10 @@ def test_no_split_changes_sums_or_counts(sizes: tuple[int, ...], row_length: int
 
 def test_row_length_packs_and_refuses() -> None:
     objective, pipeline = joint({"row_length": 40})
-    assert max(objective.plan(tiny.examples(pipeline), 0).batch.shape) <= 40
+    assert max(objective.collate(tiny.examples(pipeline), 0).rows.shape) <= 40
     short, pipeline = joint({"row_length": 8})
     with pytest.raises(ValueError, match="does not fit a row of 8"):
-        short.plan(tiny.examples(pipeline), 0)
+        short.collate(tiny.examples(pipeline), 0)
 
 
 def test_pads_of_a_closed_text_are_painted_but_not_read() -> None:
@@ -486,7 +566,7 @@ def test_pads_of_a_closed_text_are_painted_but_not_read() -> None:
     padded = -(-tokens // 4) * 4
     assert example.stream == "continuation"
     assert padded > tokens
-    counts = objective.plan([example], 0).counts
+    counts = objective.collate([example], 0).counts
     assert counts["flow/text"] == padded
     assert counts["text/reconstruction"] == tokens
 
@@ -504,11 +584,10 @@ def test_an_autoencoder_stage_reads_its_modality_from_its_sources(tmp_path: Any)
     def batch(modality: str, **stage: Any) -> list[Prepared]:
         settings = tiny.config(stages=[tiny.autoencoder(modality, **stage)], data=data)
         stage_, pipeline = settings.stages[0], tiny.pipeline()
-        return (
-            Materials(settings, stage_, pipeline, Sources(settings), resolve_plugins(settings))
-            .mixture(40, "x")
-            .batch(0)
-        )
+        plugins = resolve_plugins(settings)
+        materials = Materials(settings, stage_, pipeline, Sources(settings), plugins)
+        (examples,) = materials.mixture(40, "x").batch(0)
+        return examples
 
     assert {e.observations["X"].ndim for e in batch("image")} == {3}
     lengths = {len(e.observations["X"]) for e in batch("text")}

@@ -17,7 +17,7 @@ from unified.config.schema import Config
 from unified.data.shards import read_shards
 from unified.data.stored import from_bytes, to_bytes
 from unified.data.tools.encode import encode
-from unified.latents.modality import Posterior
+from unified.latents.ragged import Posteriors
 from unified.pipeline import UnifiedPipeline
 from unified.training.run import train
 
@@ -113,11 +113,11 @@ def test_parts_make_the_whole(stored: Path, tmp_path: Path) -> None:
 
 
 def test_a_member_round_trips_and_names_what_is_wrong() -> None:
-    posterior = Posterior(torch.randn(4, 3), torch.randn(4, 3), (2, 2))
+    posterior = Posteriors(torch.randn(4, 3), torch.randn(4, 3), ((1, (2, 2)),))
     data = to_bytes({"C@1": posterior}, {"text": "ab"}, torch.float32)
     (back,) = from_bytes(data, {"text": "ab", "image": "cd"}).values()
-    assert back.mean_LC.equal(posterior.mean_LC)
-    assert back.logvar_LC.equal(posterior.logvar_LC)
+    assert back.mean_NC.equal(posterior.mean_NC)
+    assert back.logvar_NC.equal(posterior.logvar_NC)
     assert back.grid == (2, 2)
     with pytest.raises(ValueError, match=r"does not hold stored latents"):
         from_bytes(data[:-1], {"text": "ab"})

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from batched import both, ragged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unified.latents.modality import Latent
+from unified.latents.modality import decode, encode, modes
+from unified.latents.ragged import Latent, Posteriors
 from unified.modalities.text.modality import TextConfig, TextModality, location_by_width
 from unified.modalities.text.tokenizer import Tokenizer
-from unified.randomness import generator
 
 CORPUS = [
     "a 3D emoji of blueberries",
@@ -43,8 +44,10 @@ def text() -> TextModality:
     return build()
 
 
-def generators(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [generator(seed, i) for i in range(count)]
+def posterior_of(text: TextModality, ids: Tensor) -> Posteriors:
+    """The posterior of one text."""
+    (posterior,) = encode(text, [ids])
+    return posterior
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,8 @@ def test_patches_are_filled() -> None:
     assert text.grid(odd) == (len(odd) // 2,)
     blocks = text.observe("a lime", block=4)
     assert len(blocks) % 8 == 0
-    (posterior,) = text.encode([odd])
-    assert text.decode([posterior.mode])[0].shape == odd.shape
+    (back,) = decode(text, modes(encode(text, [odd])))
+    assert back.shape == odd.shape
 
 
 def test_what_cannot_be_observed_is_explained() -> None:
@@ -132,12 +135,12 @@ def test_a_tokenizer_without_special_tokens_is_refused(tmp_path: Path) -> None:
 
 def test_counts_need_no_network_and_match_the_losses(text: TextModality) -> None:
     observations = [text.observe(item, ends=True, block=8) for item in CORPUS[:4]]
-    counts = text.counts(observations)
+    counts = text.counts(ragged(text, observations))
     real = [len(text.observe(item, ends=True)) for item in CORPUS[:4]]
     assert counts["reconstruction"] == sum(real)
     assert counts["kl"] == sum(len(o) for o in observations)
     assert counts["mask"] == sum(max(1, round(0.15 * n)) for n in real)
-    terms = text.loss(observations, generators(4))
+    terms = text.loss(*both(text, observations))
     assert terms.keys() == counts.keys() == text.weights().keys()
     assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
 
@@ -146,8 +149,8 @@ def test_counts_need_no_network_and_match_the_losses(text: TextModality) -> None
 def test_losses_are_sums_over_examples(block_size: int) -> None:
     text = build(block_size=block_size).double()
     observations = [text.observe(item, ends=True) for item in CORPUS[:4]]
-    together = text.loss(observations, generators(4))
-    apart = [text.loss([o], [g]) for o, g in zip(observations, generators(4), strict=True)]
+    together = text.loss(*both(text, observations))
+    apart = [text.loss(*both(text, [o], [i])) for i, o in enumerate(observations)]
     for term, value in together.items():
         torch.testing.assert_close(value, torch.stack([a[term] for a in apart]).sum())
 
@@ -156,43 +159,96 @@ def test_pads_have_no_reconstruction_loss(text: TextModality) -> None:
     short, long = (text.observe("a lime", ends=True, block=b) for b in (None, 16))
     sums = []
     for ids in (short, long):
-        (posterior,) = text.encode([ids])
-        sums.append(text.reconstruction([ids], [posterior.mode])["reconstruction"])
+        mode = posterior_of(text, ids).mode
+        sums.append(text.reconstruction(ragged(text, [ids]), mode)["reconstruction"])
     torch.testing.assert_close(*sums)
 
 
 def test_no_mask_weight_leaves_the_term_out() -> None:
     text = build(mask_weight=0.0)
-    observations = [text.observe("a lime")]
-    assert text.masking(observations, generators(1)) == {}
+    observations, chance = both(text, [text.observe("a lime")])
+    assert text.masking(observations, chance) == {}
     assert "mask" not in text.counts(observations) | text.weights()
 
 
 def test_masked_tokens_are_hidden_from_their_own_prediction() -> None:
     """With a rate of 1 the encoder reads nothing but mask tokens, and pads."""
     text = build(mask_rate=1.0)
-    seen = []
-    text.network.encoder.wte.register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
-    text.masking([text.observe("a lime", block=8)], generators(1))
+    (read,) = hidden_from(text, [text.observe("a lime", block=8)])
     real = len(text.observe("a lime"))
-    assert (seen[0][0, :real] == text.config.vocab_size).all()
-    assert (seen[0][0, real:] == text.tokenizer.pad_id).all()
+    assert (read[:real] == text.config.vocab_size).all()
+    assert (read[real:] == text.tokenizer.pad_id).all()
+
+
+def hidden_from(
+    text: TextModality, observations: list[Tensor], keys: list[int] | None = None, step: int = 0
+) -> list[Tensor]:
+    """What the encoder reads of each text while it predicts masked tokens: the ids, some hidden."""
+    seen: list[Tensor] = []
+    hook = text.network.encoder.wte.register_forward_hook(lambda _, ids, out: seen.append(ids[0]))
+    text.masking(*both(text, observations, keys, step))
+    hook.remove()
+    order = sorted(range(len(observations)), key=lambda i: len(observations[i]))
+    rows = dict(zip(order, seen[0], strict=True))
+    return [rows[i][: len(o)] for i, o in enumerate(observations)]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.15, 0.5])
+def test_masking_hides_as_many_tokens_as_are_counted(rate: float) -> None:
+    """Of each text its own share of its own tokens, and one at least; never a pad, and never an
+    unknown token once more."""
+    text = build(mask_rate=rate)
+    observations = [text.observe(item, ends=True, block=8) for item in CORPUS[:4]]
+    observations.append(text.observe("a lime", lead=3, block=8))
+    for ids, read in zip(observations, hidden_from(text, observations), strict=True):
+        hidden = (read == text.unknown_id) & (ids != text.unknown_id)
+        assert read[~hidden].equal(ids[~hidden])
+        assert not hidden[ids == text.tokenizer.pad_id].any()
+        assert int(hidden.sum()) == text.counts(ragged(text, [ids]))["mask"] >= 1
+        real = int(((ids != text.unknown_id) & (ids != text.tokenizer.pad_id)).sum())
+        assert int(hidden.sum()) == max(1, int(rate * real + 0.5))
+    whole = text.counts(ragged(text, observations))["mask"]
+    assert whole == sum(text.counts(ragged(text, [ids]))["mask"] for ids in observations)
+
+
+def test_which_tokens_are_hidden_depends_on_the_text_alone() -> None:
+    """On its key, and on the step; not on who else is in the batch, in which order, or how long."""
+    text = build(mask_rate=0.5)
+    texts = [text.observe(item, ends=True, block=4) for item in CORPUS[:4]]
+    together = hidden_from(text, texts)
+    mixed = hidden_from(text, [texts[2], texts[0]], [2, 0])
+    for i, read in enumerate(together):
+        (alone,) = hidden_from(text, [texts[i]], [i])
+        assert alone.equal(read)
+    assert mixed[0].equal(together[2])
+    assert mixed[1].equal(together[0])
+    assert not hidden_from(text, [texts[2]], [7])[0].equal(together[2])
+    assert not hidden_from(text, texts, step=1)[2].equal(together[2])
+
+
+def test_every_token_is_hidden_as_often_as_any_other() -> None:
+    text = build(mask_rate=0.25)
+    ids = text.observe(CORPUS[2])
+    rows = torch.stack(hidden_from(text, [ids] * 2000))
+    share_T = (rows == text.unknown_id).double().mean(0)
+    expected = text.counts(ragged(text, [ids]))["mask"] / len(ids)
+    assert (share_T - expected).abs().max() < 5 * (expected * (1 - expected) / 2000) ** 0.5
 
 
 def test_posteriors_have_unit_scale(text: TextModality) -> None:
-    (posterior,) = text.encode([text.observe(CORPUS[2])])
-    assert posterior.mean_LC.mean(-1).abs().max() < 1e-5
+    posterior = posterior_of(text, text.observe(CORPUS[2]))
+    assert posterior.mean_NC.mean(-1).abs().max() < 1e-5
     torch.testing.assert_close(
-        posterior.mean_LC.var(-1, unbiased=False), torch.ones(posterior.grid), atol=1e-2, rtol=0
+        posterior.mean_NC.var(-1, unbiased=False), torch.ones(posterior.grid), atol=1e-2, rtol=0
     )
 
 
 def test_official_scalars_shape_normalised_space() -> None:
     plain, scaled = build(), build(scaling_factor=2.0, shifting_factor=0.5)
     ids = plain.observe("a lime")
-    (p,), (s,) = plain.encode([ids]), scaled.encode([ids])
-    torch.testing.assert_close(s.mean_LC, (p.mean_LC - 0.5) * 2)
-    torch.testing.assert_close(s.logvar_LC.exp().sqrt(), p.logvar_LC.exp().sqrt() * 2)
+    p, s = posterior_of(plain, ids), posterior_of(scaled, ids)
+    torch.testing.assert_close(s.mean_NC, (p.mean_NC - 0.5) * 2)
+    torch.testing.assert_close(s.logvar_NC.exp().sqrt(), p.logvar_NC.exp().sqrt() * 2)
     z = Latent(torch.randn(3, 4), (3,))
     assert plain.logits([z]).equal(scaled.logits([z]))
 
@@ -201,13 +257,13 @@ def test_a_few_steps_learn_to_reconstruct() -> None:
     text = build(beta=0.01, dim=64, latent_dim=8)
     observations = [text.observe(item, ends=True) for item in CORPUS[:4]]
     optimizer = torch.optim.AdamW(text.parameters(), lr=5e-3)
-    counts, weights = text.counts(observations), text.weights()
+    counts, weights = text.counts(ragged(text, observations)), text.weights()
     for step in range(60):
-        terms = text.loss(observations, generators(4, step))
+        terms = text.loss(*both(text, observations, step=step))
         optimizer.zero_grad()
         torch.stack([weights[k] * terms[k] / counts[k] for k in terms]).sum().backward()
         optimizer.step()
-    decoded = text.decode([p.mode for p in text.encode(observations)])
+    decoded = decode(text, modes(encode(text, observations)))
     assert [text.realise(ids) for ids in decoded] == CORPUS[:4]
 
 
@@ -216,9 +272,9 @@ def test_saved_and_read_back(text: TextModality, tmp_path: Path, name: str) -> N
     text.save_pretrained(tmp_path, name)
     again = TextModality.from_pretrained(tmp_path, name)
     assert again.config == text.config
-    observations = [text.observe("a lime", ends=True)]
-    assert again.observe("a lime", ends=True).equal(observations[0])
-    assert again.encode(observations)[0].mean_LC.equal(text.encode(observations)[0].mean_LC)
+    ids = text.observe("a lime", ends=True)
+    assert again.observe("a lime", ends=True).equal(ids)
+    assert posterior_of(again, ids).mean_NC.equal(posterior_of(text, ids).mean_NC)
     stored = json.loads((tmp_path / f"{name}_vae" / "config.json").read_text())
     assert stored["type"] == "text"
 

@@ -197,7 +197,72 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, accelerator: Ac
     stage = toy(tmp_path, objective={"diverge_at": 4})
     with pytest.raises(DivergedError, match=r"stage toy, step 5: fit is nan; .* is .*toy-3"):
         train_stage(stage, accelerator)
-    assert all(p.isfinite().all() for p in stage.objective.parameters())
+    assert all(tensor.isfinite().all() for tensor in raw_weights(tmp_path).values())
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize(
+    "due",
+    [
+        {"save_every": 1, "log_every": 50},
+        {"validate_every": 1, "save_every": 50, "log_every": 50},
+        {"sample_every": 1, "save_every": 50, "log_every": 50},
+        {"validate_every": 2, "sample_every": 3, "save_every": 4, "log_every": 50},
+    ],
+    ids=["saved", "validated", "sampled", "in turn"],
+)
+def test_nothing_comes_of_a_step_that_is_not_finite(
+    tmp_path: Path, accelerator: Accelerator, at: int, due: dict[str, Any]
+) -> None:
+    """It is met one step late at most, and no checkpoint, validation or sample follows it."""
+    settings = training_config(keep_checkpoints=9, **{"validate_every": 50, **due})
+    stage = toy(tmp_path, None, settings, objective={"diverge_at": at})
+    seen: list[int] = []
+
+    def validate(step: int) -> dict[str, float]:
+        seen.append(step)
+        return {"loss": -float(step)}  # always the best, which is saved
+
+    def sample(step: int, folder: Path) -> dict[str, str]:
+        seen.append(step)
+        return {}
+
+    stage.validate, stage.sample = validate, sample
+    with pytest.raises(DivergedError, match=rf"stage toy, step {at + 1}: fit is nan"):
+        train_stage(stage, accelerator)
+    saved = checkpoint.steps(tmp_path / "checkpoints", "toy")
+    assert max([*seen, *saved, 0]) <= at
+    assert max((int(line["step"]) for line in written(tmp_path)), default=0) <= at
+    for path in saved.values():
+        assert all(tensor.isfinite().all() for tensor in checkpoint.read(path, "model").values())
+    if due.get("save_every") == 1:
+        assert list(saved) == list(range(1, at + 1))
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return lines(folder) if (folder / "metrics.jsonl").is_file() else []
+
+
+def test_the_host_looks_at_a_loss_one_step_late(tmp_path: Path, accelerator: Accelerator) -> None:
+    """Where nothing is due, a step begins before the numbers of the one before are looked at; where
+    something is, none is left to look at."""
+    settings = training_config(save_every=50, log_every=3, validate_every=50)
+    loop = Loop(toy(tmp_path, stage_config(steps=7), settings), accelerator)
+    step, between = loop.step, loop._between
+    waiting: list[tuple[str, int]] = []
+
+    def stepping(number: int, work: Any) -> Any:
+        waiting.append(("step", len(loop.coming)))
+        return step(number, work)
+
+    def due(values: Any) -> None:
+        waiting.append(("between", len(loop.coming)))
+        between(values)
+
+    loop.step, loop._between = stepping, due  # type: ignore[method-assign]
+    loop.run()
+    assert [n for what, n in waiting if what == "step"] == [0, 1, 1, 0, 1, 1, 0]
+    assert [n for what, n in waiting if what == "between"] == [1, 1, 0, 1, 1, 0, 0]
 
 
 def test_an_unweighted_term_is_named(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -221,9 +286,9 @@ def test_a_loss_that_grows_without_end_stops_the_run(
         stage = toy(tmp_path / folder, stage_config(steps=220), settings)
         forward, calls = stage.objective.forward, iter(range(1000))
 
-        def grows(plan: Any) -> dict[str, Tensor]:
+        def grows(batch: Any) -> dict[str, Tensor]:
             rise = 1.05 ** next(calls)
-            return {term: rise * value for term, value in forward(plan).items()}
+            return {term: rise * value for term, value in forward(batch).items()}
 
         stage.objective.forward = grows  # type: ignore[method-assign]
         return stage

@@ -131,13 +131,17 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
         parameter.data = (value / max(parameter.shape[-1], 1) ** 0.5).to(parameter)
 
 
-def examples(of: UnifiedPipeline, count: int = 6) -> list[Prepared]:
-    """Examples of all tasks in turn."""
+def examples(
+    of: UnifiedPipeline, count: int = 6, sizes: Sequence[tuple[int, int]] = ((SIDE, SIDE),)
+) -> list[Prepared]:
+    """Examples of all tasks in turn, each round with images of the next of `sizes` (width and
+    height)."""
     made = []
     for slot in range(count):
         name = list(of.tasks)[slot % len(of.tasks)]
         task, caption = of.tasks[name], CAPTIONS[slot % len(CAPTIONS)]
-        items = task.fill({"text": caption, "image": square(caption)})
+        image = square(caption).resize(sizes[slot // len(of.tasks) % len(sizes)])
+        items = task.fill({"text": caption, "image": image})
         observations = {k: task.observe(of.modalities, k, items[k]) for k in items}
         made.append(Prepared(name, f"{slot:04}", slot, observations))
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from unified.config.schema import StageConfig, TrainingConfig
+from unified.data.batches import microbatches
 from unified.randomness import generator
 from unified.training.folder import RunFolder
 from unified.training.loop import Stage, train_stage
@@ -30,18 +32,31 @@ class ToyExample:
 
 
 @dataclass(frozen=True)
-class ToyPlan:
+class ToyBatch:
     x: Tensor
     noise: Tensor
     marked: Tensor
-
-    @property
-    def counts(self) -> dict[str, float]:
-        return {"fit": float(len(self.x)), "size": float(self.marked.sum())}
+    counts: dict[str, float]
 
     @property
     def positions(self) -> tuple[float, float]:
         return float(len(self.x)), float(len(self.x))
+
+
+@dataclass(frozen=True)
+class ToyCollate:
+    """Noise of each example, which is not finite at step `diverge_at`."""
+
+    seed: int
+    diverge_at: int | None
+
+    def __call__(self, examples: Sequence[ToyExample], step: int) -> ToyBatch:
+        noise = [torch.randn(WIDTH, generator=generator(self.seed, step, e.slot)) for e in examples]
+        if step == self.diverge_at:
+            noise[0] = noise[0] * float("nan")
+        marked = torch.tensor([float(e.slot % 3 == 0) for e in examples])
+        counts = {"fit": float(len(examples)), "size": float(marked.sum())}
+        return ToyBatch(torch.stack([e.x for e in examples]), torch.stack(noise), marked, counts)
 
 
 class ToyObjective(Objective):
@@ -53,23 +68,16 @@ class ToyObjective(Objective):
         self.main = nn.Linear(WIDTH, WIDTH)
         self.frozen = nn.Linear(WIDTH, WIDTH)
         self.dropout = nn.Dropout(dropout)
-        self.diverge_at, self.seed = diverge_at, seed
+        self.collate = ToyCollate(seed, diverge_at)
         with torch.no_grad():
             for i, p in enumerate(self.parameters()):
                 p.copy_(torch.randn(p.shape, generator=generator(seed, "init", i)))
 
-    def plan(self, examples: list[ToyExample], step: int) -> ToyPlan:
-        noise = [torch.randn(WIDTH, generator=generator(self.seed, step, e.slot)) for e in examples]
-        if step == self.diverge_at:
-            noise[0] = noise[0] * float("nan")
-        marked = torch.tensor([e.slot % 3 == 0 for e in examples])
-        return ToyPlan(torch.stack([e.x for e in examples]), torch.stack(noise), marked)
-
-    def forward(self, plan: ToyPlan) -> dict[str, Tensor]:
-        z_NW = self.encoder(plan.x)
-        y_NW = self.main(self.dropout(z_NW) + 0.1 * plan.noise) + self.frozen(z_NW)
-        error_N = ((y_NW - plan.x.flip(-1)) ** 2).sum(-1)
-        return {"fit": error_N.sum(), "size": (z_NW**2).sum(-1)[plan.marked].sum()}
+    def forward(self, batch: ToyBatch) -> dict[str, Tensor]:
+        z_NW = self.encoder(batch.x)
+        y_NW = self.main(self.dropout(z_NW) + 0.1 * batch.noise) + self.frozen(z_NW)
+        error_N = ((y_NW - batch.x.flip(-1)) ** 2).sum(-1)
+        return {"fit": error_N.sum(), "size": ((z_NW**2).sum(-1) * batch.marked).sum()}
 
     def weights(self, step: int) -> dict[str, float]:
         return {"fit": 1.0, "size": 0.1}
@@ -81,18 +89,20 @@ class ToyObjective(Objective):
 class ToyData:
     """Batches in order; like a mixture, it must be told where it is."""
 
-    bad = 0
+    bad = truncated = 0
 
     def close(self) -> None:
         pass
 
-    def __init__(self, batch_size: int = 8, seed: int = 0):
-        self.batch_size, self.seed, self.position = batch_size, seed, 0
+    def __init__(self, collate: ToyCollate, batch_size: int = 8, seed: int = 0, parts: int = 1):
+        self.collate, self.batch_size, self.seed, self.parts = collate, batch_size, seed, parts
+        self.share, self.position = (0, 1), 0
 
-    def batch(self, step: int) -> list[ToyExample]:
+    def batch(self, step: int) -> list[ToyBatch]:
         start, self.position = self.position, self.position + self.batch_size
         draws = [generator(self.seed, "data", start + i) for i in range(self.batch_size)]
-        return [ToyExample(i, torch.randn(WIDTH, generator=g)) for i, g in enumerate(draws)]
+        made: Any = [ToyExample(i, torch.randn(WIDTH, generator=g)) for i, g in enumerate(draws)]
+        return microbatches(made, self.collate, step, *self.share, self.parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -125,7 +135,7 @@ def toy(folder: Path, stage: Any = None, training: Any = None, **changes: Any) -
         stage,
         training or training_config(),
         objective,
-        ToyData(stage.batch_size),
+        ToyData(objective.collate, stage.batch_size, parts=stage.accumulate),
         RunFolder(folder),
         **changes,
     )
@@ -148,7 +158,9 @@ def main(folder: str, world: str) -> None:
 
     accelerator = Accelerator(cpu=True, kwargs_handlers=distributed_settings())
     assert accelerator.num_processes == int(world), accelerator.num_processes
-    train_stage(toy(Path(folder), interval_stage()), accelerator)
+    stage = toy(Path(folder), interval_stage())
+    stage.data.share = (accelerator.process_index, accelerator.num_processes)
+    train_stage(stage, accelerator)
 
 
 if __name__ == "__main__":

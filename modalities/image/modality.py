@@ -272,8 +272,11 @@ class ImageModality(Modality):
     def fit_statistics(self, observations: Ragged) -> None:
         """Set shift and scale so that posterior samples of `observations` are standardised.
 
-        The variance of a sample is that of the means plus the mean of the variances.
+        The variance of a sample is that of the means plus the mean of the variances. ValueError for
+        no observations.
         """
+        if not len(observations):
+            raise ValueError("latent statistics need at least one observation, but none was given")
         self.shift.zero_()
         self.scale.fill_(1)
         count, first_C, second_C = 0, torch.tensor(0.0), torch.tensor(0.0)
