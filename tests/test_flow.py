@@ -13,7 +13,7 @@ from unified.flow.matching import FlowMatching
 from unified.flow.path import path, velocity
 from unified.flow.solvers import SOLVERS, Adaptive, integrate, to_data, to_noise
 from unified.flow.timesteps import round_timesteps as rounded
-from unified.randomness import Chance
+from unified.randomness import Chance, generator
 from unified.sequence.packing import NoisyPlaces, PackedBatch, Sample
 
 

@@ -146,7 +146,7 @@ def test_in_interval_mode_the_vae_rests_without_gradient_decay_or_drift(
     vae, ema = stage.objective.encoder, loop.trained.ema
     history = []
     for step in range(6):
-        loop.step(step, loop._prepare(step))
+        loop.step(step, loop.prepare(step))
         history.append([vae.weight.detach().clone(), ema.shadow["encoder.weight"].clone()])
     for before, after in pairwise(history[1:5]):
         assert before[0].equal(after[0])
