@@ -115,7 +115,7 @@ def test_timestep_distributions():
         return flow.draw(batch, Chance(0), toys.CHANNELS).t_G
 
     t = drawn(20_000, loc=1.0, scale=0.5)
-    assert len(t) == len(t.unique()) or len(t.unique()) > 19_000
+    assert len(t.unique()) > 19_000
     logit = torch.logit(t.double())
     assert abs(float(logit.mean()) - 1.0) < 0.02
     assert abs(float(logit.std()) - 0.5) < 0.02
