@@ -18,6 +18,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from inspect import getattr_static
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -79,11 +80,12 @@ def deepest(owner: Any, name: str) -> Iterator[list[str]]:
             frames[:] = found
         return function(*args, **kwargs)
 
-    setattr(owner, name, seen)
+    before = getattr_static(owner, name)
+    setattr(owner, name, staticmethod(seen) if isinstance(before, staticmethod) else seen)
     try:
         yield frames
     finally:
-        setattr(owner, name, function)
+        setattr(owner, name, before)
 
 
 def tiny(folder: Path) -> Config:

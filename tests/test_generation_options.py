@@ -19,7 +19,7 @@ from unified.flow.solvers import integrate, renoise, repaint, schedule, to_data
 from unified.generation.blocks import Request
 from unified.generation.guidance import Settling, guides
 from unified.generation.items import Inference, Wish
-from unified.latents.modality import Choice, encode
+from unified.latents.modality import Choice, decode, encode
 from unified.latents.ragged import Latent
 from unified.modalities.text.decoding import choose, probabilities
 from unified.model.kernels.linear import product_dtype
@@ -553,7 +553,7 @@ def test_samples_go_on_from_the_first_half(model: UnifiedPipeline) -> None:
     example = Prepared("", "", 0, {"C": observation})
     with torch.no_grad():
         (found,) = samples.generate(model, "continuation", [example], model.config.generation)
-        (mean,) = model.modalities["text"].encode([observation])
-        half = mean.mode.values[: len(mean.mode.values) // 2]
-        (back,) = model.modalities["text"].decode([Latent(half, (len(half),))])
+        (mean,) = encode(model.modalities["text"], [observation])
+        half = mean.mean_NC[: len(mean.mean_NC) // 2]
+        (back,) = decode(model.modalities["text"], [Latent(half, (len(half),))])
     assert found.startswith(model.modalities["text"].realise(back))

@@ -243,24 +243,26 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return lines(folder) if (folder / "metrics.jsonl").is_file() else []
 
 
-def test_the_host_looks_at_a_loss_one_step_late(tmp_path: Path, accelerator: Accelerator) -> None:
+def test_the_host_looks_at_a_loss_one_step_late(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where nothing is due, a step begins before the numbers of the one before are looked at; where
     something is, none is left to look at."""
     settings = training_config(save_every=50, log_every=3, validate_every=50)
-    loop = Loop(toy(tmp_path, stage_config(steps=7), settings), accelerator)
-    step, between = loop.step, loop._between
+    step, between = Loop.step, Loop.between
     waiting: list[tuple[str, int]] = []
 
-    def stepping(number: int, work: Any) -> Any:
+    def stepping(loop: Loop, number: int, work: Any) -> Any:
         waiting.append(("step", len(loop.coming)))
-        return step(number, work)
+        return step(loop, number, work)
 
-    def due(values: Any) -> None:
+    def due(loop: Loop, values: Any) -> None:
         waiting.append(("between", len(loop.coming)))
-        between(values)
+        between(loop, values)
 
-    loop.step, loop._between = stepping, due  # type: ignore[method-assign]
-    loop.run()
+    monkeypatch.setattr(Loop, "step", stepping)
+    monkeypatch.setattr(Loop, "between", due)
+    train_stage(toy(tmp_path, stage_config(steps=7), settings), accelerator)
     assert [n for what, n in waiting if what == "step"] == [0, 1, 1, 0, 1, 1, 0]
     assert [n for what, n in waiting if what == "between"] == [1, 1, 0, 1, 1, 0, 0]
 

@@ -167,9 +167,8 @@ class FlowMatching:
         )
         return corrupted, targets
 
-    def loss(
-        self, velocities: Mapping[str, Tensor], targets: Mapping[str, Target]
-    ) -> dict[str, Tensor]:
+    @staticmethod
+    def loss(velocities: Mapping[str, Tensor], targets: Mapping[str, Target]) -> dict[str, Tensor]:
         """Sum over loss positions of the weighted squared error, per modality; of a modality that
         is absent, the sum of no velocities."""
         absent = {f"flow/{m}": v.sum() for m, v in velocities.items() if m not in targets}
