@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from unified.config.plugins import build_tasks, modality_plugins
+from unified.config.plugins import build_path, build_tasks, modality_plugins
 from unified.config.schema import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
+from unified.flow.path import Path as FlowPath
 from unified.generation.items import Inference, Seed, Wish
 from unified.latents.modality import Modality
 from unified.latents.weights import load_weights, save_weights, written_whole
@@ -38,7 +39,10 @@ Weights = Literal["ema", "raw"]
 
 
 class UnifiedPipeline:
-    """The modalities, the tasks and the prior of one model; `weights` says which its prior has."""
+    """The modalities, the tasks and the prior of one model; `weights` says which its prior has.
+
+    `path` is what its flow follows; without one, the one that the configuration names.
+    """
 
     def __init__(
         self,
@@ -47,9 +51,11 @@ class UnifiedPipeline:
         tasks: Mapping[str, Task],
         prior: Prior,
         weights: Weights = "raw",
+        path: FlowPath | None = None,
     ):
         self.config, self.weights = config, weights
         self.modalities, self.tasks, self.prior = dict(modalities), dict(tasks), prior
+        self.path = path or build_path(config.flow)
 
     @classmethod
     def build(
@@ -64,7 +70,11 @@ class UnifiedPipeline:
             for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
         }
         prior = Prior(config.prior, {name: m.channels for name, m in modalities.items()})
-        return cls(config, modalities, build_tasks(config, trust_remote_code), prior)
+        tasks, path = (
+            build_tasks(config, trust_remote_code),
+            build_path(config.flow, trust_remote_code),
+        )
+        return cls(config, modalities, tasks, prior, path=path)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -220,7 +230,8 @@ class UnifiedPipeline:
             seed = torch.randint(1 << 62, (count,), generator=generator).tolist()
         given = {key: value for key, value in settings.items() if value is not None}
         chosen = validated(GenerationConfig, self.config.generation.model_dump() | given)
-        return Inference(self.modalities, self.tasks, self.prior, task), chosen, seed
+        runner = Inference(self.modalities, self.tasks, self.prior, task, self.path)
+        return runner, chosen, seed
 
     def _task(self, name: str) -> Any:
         if name not in self.tasks:
@@ -292,7 +303,8 @@ class UnifiedPipeline:
         modalities = {n: p.from_pretrained(folder, n) for n, (p, _) in plugins.items()}
         check_channels(prior, modalities, folder)
         tasks = build_tasks(config, trust_remote_code, str(folder / INDEX))
-        pipeline = cls(config, modalities, tasks, prior, weights)
+        path = build_path(config.flow, trust_remote_code)
+        pipeline = cls(config, modalities, tasks, prior, weights, path)
         return pipeline if device is None else pipeline.to(device)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
-from unified.config.schema import Config, PluginPart, StageConfig
+from unified.config.schema import Config, FlowConfig, PluginPart, StageConfig
 from unified.errors import Keys, did_you_mean, validated
 
 if TYPE_CHECKING:
+    from unified.flow.path import Path
     from unified.latents.critic import Critic
     from unified.latents.modality import Modality, PluginConfig
     from unified.sequence.task import Task
@@ -61,6 +62,17 @@ def build_tasks(
     return tasks
 
 
+def build_path(config: FlowConfig, trust_remote_code: bool = False) -> Path:
+    """The path that ``flow.path`` names. ValueError for a class that is none (`Path.check`)."""
+    cls = resolve("path", config.path, trust_remote_code)
+    try:
+        path: Path = cls()
+    except TypeError as error:
+        raise ValueError(f"the path {config.path!r} cannot be made: {error}") from None
+    path.check(config.path)
+    return path
+
+
 def validate_plugins(config: Config, source: str = "", trust_remote_code: bool = False) -> None:
     """Check that the parts fit together; ValueError names the two that do not.
 
@@ -76,6 +88,7 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
             _known(drawn, config.data.sources, f"task {name}", "data source")
         if task.config.ratio < 0:
             raise ValueError(f"task {name} has ratio {task.config.ratio}; it should be 0 or more")
+    build_path(config.flow, trust_remote_code)
     for modality in config.flow.timesteps:
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in tasks.values()))

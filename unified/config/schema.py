@@ -95,6 +95,8 @@ class TimestepConfig(Part):
 
 
 class FlowConfig(Part):
+    #: from latents to noise: straight, cosine, or a path to a class of one's own
+    path: str = "straight"
     timesteps: dict[str, TimestepConfig] = {}
     #: rounding of the timestep (in units of 1/1000) before it is used
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"

@@ -99,7 +99,7 @@ class _Measured:
         # whole targets are noisy: a clean left part is an augmentation of training
         config = pipeline.config.flow.model_copy(update={"clean_prefix_rate": 0.0})
         locations = {name: m.timestep_location for name, m in pipeline.modalities.items()}
-        self.flow = FlowMatching(config, {task: self.layout}, locations)
+        self.flow = FlowMatching(config, {task: self.layout}, locations, pipeline.path)
         self.visibility = Visibility({task: self.layout.sees})
 
     def losses(self, encoded: Sequence[Encoded], keys: Sequence[tuple[int, int, int]]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unified.evaluation.reconstruction import BATCH, posteriors
 from unified.evaluation.statistics import Interval, bootstrap
-from unified.flow.path import path
+from unified.flow.path import STRAIGHT, Path
 from unified.flow.timesteps import TIMESTEP_SCALE
 from unified.latents.modality import Latent, Modality, Posterior, draw
 from unified.randomness import generator
@@ -53,8 +53,9 @@ def noise_robustness(
     observations: Sequence[Tensor],
     levels: Sequence[float] = LEVELS,
     seed: int = 0,
+    path: Path = STRAIGHT,
 ) -> list[Robustness]:
-    """What the decoder gives back of ``(1 - t) z_0 + t eps``, by t (figure 13 of the paper).
+    """What the decoder gives back of z_t on `path`, by t (figure 13 of the paper).
 
     z_0 are posterior means, and item i has the same eps at every level. How much came back is the
     modality's `fidelity`. ValueError for a level outside [0, 1000] and for no items.
@@ -68,7 +69,7 @@ def noise_robustness(
     for level in levels:
         t = torch.tensor(level / TIMESTEP_SCALE)
         noisy = [
-            Latent(path(p.mean_LC, eps.to(p.mean_LC), t.to(p.mean_LC)), p.grid)
+            Latent(path.at(p.mean_LC, eps.to(p.mean_LC), t.to(p.mean_LC)), p.grid)
             for p, eps in zip(found, noises, strict=True)
         ]
         parts = (noisy[start : start + BATCH] for start in range(0, len(noisy), BATCH))

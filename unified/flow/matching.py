@@ -1,8 +1,8 @@
-"""Flow matching: the path from latents to noise, its velocity, and the way back.
+"""Flow matching: latents are put on a path to noise, and its velocity is learned.
 
-The path is straight, ``z_t = (1 - t) z_0 + t eps`` for t in [0, 1], so its velocity is constant,
-``eps - z_0`` (rectified flow; paper 3.2.2 and 16.9). Training draws a timestep for each noise
-group, a block of noisy text or a whole noisy image, and regresses the velocity. Sampling integrates
+The path is straight unless ``flow.path`` names another (`unified.flow.path`; paper 3.2.2 and 16.9).
+Training draws a timestep for each noise group, a block of noisy text or a whole noisy image, and
+regresses the velocity. Sampling integrates
 ``dz/dt = v`` from t = 1 to 0 (`unified.flow.solvers`).
 
 Shape legend: N positions of one modality over a batch, C channels, n positions of one span,
@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unified.config.plugins import build_path
 from unified.config.schema import FlowConfig, TimestepConfig
-from unified.flow.path import path, velocity
+from unified.flow.path import Path
 from unified.flow.timesteps import draw_timesteps, round_timesteps
 from unified.sequence.layout import Layout
 from unified.sequence.packing import PackedBatch, Span
@@ -55,6 +56,7 @@ class FlowMatching:
     """Corruption and loss of training (paper 3.2.2), as a function of each sample's generator.
 
     `locations` are the timestep locations of modalities for which the configuration sets none.
+    Without a `path`, it is the one that the configuration names.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class FlowMatching:
         config: FlowConfig,
         layouts: Mapping[str, Layout],
         locations: Mapping[str, float] | None = None,
+        path: Path | None = None,
     ):
         self.config = config
+        self.path = path or build_path(config)
         self.layouts = layouts
         self.locations = locations or {}
 
@@ -138,9 +142,11 @@ class FlowMatching:
         for m, z0 in batch.latents.items():
             d, held = draws[m], z0.detach()
             through = z0 if self.config.grad_through_noisy else held
-            z_t = path(through, d.noise_NC, d.time_N[:, None])
+            t_N1 = d.time_N[:, None]
+            z_t = self.path.at(through, d.noise_NC, t_N1)
             latents[m] = torch.where(d.noisy_N[:, None], z_t, held)
-            targets[m] = velocity(z0 if self.config.grad_through_target else held, d.noise_NC)
+            wanted = z0 if self.config.grad_through_target else held
+            targets[m] = self.path.velocity(wanted, d.noise_NC, t_N1)
             time_RL.view(-1)[batch.where[m]] = d.time_N.to(time_RL)
             relabelled = batch.where[m][d.unconditional_N]
             kind_RL.view(-1)[relabelled] = batch.visibility.kind_index[UNCONDITIONAL]

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unified.flow.path import STRAIGHT, Path
 from unified.flow.solvers import integrate, repaint
 from unified.generation.guidance import GuidedVelocity, Settling, timesteps
 from unified.generation.sampler import Sampler
@@ -56,10 +57,13 @@ Stop = Callable[[Sequence[int], Sequence[Tensor]], Sequence[bool]]
 
 
 class Generator:
-    """Runs requests of any task through a prior, on the prior's device and in its dtype."""
+    """Runs requests of any task through a prior, on the prior's device and in its dtype.
 
-    def __init__(self, prior: Prior, layouts: Mapping[str, Layout]):
-        self.prior = prior
+    `path` is the one that the prior was trained on; partial repaint puts latents on it.
+    """
+
+    def __init__(self, prior: Prior, layouts: Mapping[str, Layout], path: Path = STRAIGHT):
+        self.prior, self.path = prior, path
         self.layouts = layouts
         like = next(prior.parameters())
         self.device, self.dtype = like.device, torch.promote_types(like.dtype, torch.float32)
@@ -215,6 +219,7 @@ class _Session:
             sampler.time_shift,
             sampler.repaint_share,
             sampler.repaint_times,
+            self.owner.path,
         )
         return z.split([len(s.noise) for s in starts])
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unified.config.schema import GenerationConfig
+from unified.flow.path import STRAIGHT, Path
 from unified.generation.blocks import Generator, Request
 from unified.generation.sampler import Sampler
 from unified.latents.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
@@ -62,13 +63,14 @@ class Inference:
         tasks: Mapping[str, Task],
         prior: Prior,
         task: str,
+        path: Path = STRAIGHT,
     ):
         self.name, self.task = task, tasks[task]
         self.layout = self.task.layout
         self.target = self.layout[self.task.generates]
         self.modalities = modalities
         self.modality = modalities[self.target.modality]
-        self.generator = Generator(prior, {name: t.layout for name, t in tasks.items()})
+        self.generator = Generator(prior, {name: t.layout for name, t in tasks.items()}, path)
         for module in (prior, *modalities.values()):
             module.eval()
 

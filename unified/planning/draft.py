@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from unified.config.plugins import build_tasks, validate_plugins
+from unified.config.plugins import build_path, build_tasks, validate_plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.streams import Prepared
 from unified.errors import did_you_mean
@@ -97,7 +97,14 @@ class Draft:
         imagine(*self.modalities.values(), self.prior, *references.values())
         layouts = {name: task.layout for name, task in tasks.items()}
         self.objective = JointObjective(
-            self.prior, self.modalities, layouts, stage, config.flow, config.run.seed, references
+            self.prior,
+            self.modalities,
+            layouts,
+            stage,
+            config.flow,
+            config.run.seed,
+            references,
+            path=build_path(config.flow, trust_remote_code),
         )
         self.grids = {
             name: typical(task, self.modalities, request.sizes, stage.row_length, name)

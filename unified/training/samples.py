@@ -58,7 +58,7 @@ def generate(
     ]
     layouts = {name: t.layout for name, t in pipeline.tasks.items()}
     sampler = Sampler.of(config)
-    latents = Generator(pipeline.prior, layouts).run(task, target, requests, sampler)
+    latents = Generator(pipeline.prior, layouts, pipeline.path).run(task, target, requests, sampler)
     modality = pipeline.modalities[layout[target].modality]
     return [modality.realise(o) for o in modality.decode(latents)]
 

@@ -258,6 +258,7 @@ def _joint(
         config.run.seed,
         {name: deepcopy(modality) for name, modality in learning.items()},
         _alignment(config, stage, pipeline, trust_remote_code),
+        pipeline.path,
     )
 
 
