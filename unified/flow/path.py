@@ -42,7 +42,7 @@ class Path(ABC):
         """ValueError, which calls it `name`, unless this is a path: its ends are a latent and
         noise, some of the latent is left before the end, and the rates are its derivatives."""
         self._check_ends(name)
-        t, h = torch.linspace(0.05, 0.95, 19, dtype=torch.float64), 1e-5
+        t, h = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, device="cpu"), 1e-5
         alpha, _ = self.coefficients(t)
         if not (alpha > 0).all():
             raise ValueError(
@@ -60,7 +60,7 @@ class Path(ABC):
 
     def _check_ends(self, name: str) -> None:
         for end, wanted in ((0.0, (1.0, 0.0)), (1.0, (0.0, 1.0))):
-            t = torch.tensor(end, dtype=torch.float64)
+            t = torch.tensor(end, dtype=torch.float64, device="cpu")
             found = tuple(float(x) for x in self.coefficients(t))
             if any(not abs(x - y) < 1e-6 for x, y in zip(found, wanted, strict=True)):
                 raise ValueError(
