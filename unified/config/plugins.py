@@ -6,11 +6,13 @@ resolved and the rest is validated by the class's own ``Config``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
-from unified.config.schema import Config, FlowConfig, PluginPart, StageConfig
+from unified.config.schema import Config, FlowConfig, OptimizerConfig, PluginPart, StageConfig
 from unified.errors import Keys, did_you_mean, validated
 
 if TYPE_CHECKING:
@@ -73,6 +75,33 @@ def build_path(config: FlowConfig, trust_remote_code: bool = False) -> Path:
     return path
 
 
+def optimizer_factory(
+    config: OptimizerConfig, trust_remote_code: bool = False, where: str = "optimizer"
+) -> Callable[..., Any]:
+    """What makes the optimizer of groups of parameters, with lr, betas and options in place.
+
+    ValueError, which calls the part of the configuration `where`, for an option that it does not
+    have or that is given elsewhere, and for betas where it has none.
+    """
+    factory = resolve("optimizer", config.type, trust_remote_code)
+    parameters = inspect.signature(factory).parameters
+    groups, *names = [*parameters] or [""]
+    elsewhere = {groups, "lr", "betas", "weight_decay"}
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for option in config.options:
+        if option in elsewhere:
+            raise ValueError(f"{where}.options has {option!r}, which is not given there")
+        if not anything:
+            why = f"which {config.type} lacks"
+            _known(option, {*names} - elsewhere, f"{where}.options", "option", why)
+    given: dict[str, Any] = {"lr": config.lr, **config.options}
+    if "betas" in names:
+        given["betas"] = config.betas
+    elif config.betas != OptimizerConfig().betas:
+        raise ValueError(f"{where}.betas is {config.betas}, but {config.type} has no betas")
+    return partial(factory, **given)
+
+
 def validate_plugins(config: Config, source: str = "", trust_remote_code: bool = False) -> None:
     """Check that the parts fit together; ValueError names the two that do not.
 
@@ -89,10 +118,13 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
         if task.config.ratio < 0:
             raise ValueError(f"task {name} has ratio {task.config.ratio}; it should be 0 or more")
     build_path(config.flow, trust_remote_code)
+    for metric in config.training.metrics:
+        trusted("metric", metric, trust_remote_code)
     for modality in config.flow.timesteps:
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
     for index, stage in enumerate(config.stages):
+        optimizer_factory(stage.optimizer, trust_remote_code, f"stage {stage.name}, optimizer")
         _validate_alignment(config, stage, trust_remote_code)
         if stage.modality is not None:
             critic_plugins(modalities[stage.modality][0], stage, ("stages", str(index)), source)

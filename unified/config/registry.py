@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from unified.errors import did_you_mean
 
-Group = Literal["modality", "task", "path"]
+Group = Literal["modality", "task", "path", "optimizer"]
 
 SHIPPED: dict[str, dict[str, str]] = {
     "modality": {
@@ -30,6 +30,11 @@ SHIPPED: dict[str, dict[str, str]] = {
     "path": {
         "straight": "unified.flow.path:Straight",
         "cosine": "unified.flow.path:Cosine",
+    },
+    "optimizer": {
+        "adamw": "unified.training.optim:adamw",
+        "muon": "unified.training.optim:Muon",
+        "adafactor": "torch.optim:Adafactor",
     },
 }
 
@@ -55,6 +60,7 @@ KINDS: dict[str, Kind] = {
     "modality": Kind("unified.modalities", "a class with a Config", _configurable),
     "task": Kind("unified.tasks", "a class with a Config", _configurable),
     "path": Kind("unified.paths", "a class derived from unified.flow.path:Path", _path),
+    "optimizer": Kind("unified.optimizers", "a class or function that makes one", callable),
 }
 
 

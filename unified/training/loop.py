@@ -41,6 +41,7 @@ from unified.training.metrics import Metrics, Speed, memory_gb, say
 from unified.training.objectives.objective import Objective, Plan
 from unified.training.optim import (
     build_optimizer,
+    hidden_matrices,
     learning_groups,
     learning_rate,
     ratio,
@@ -90,6 +91,7 @@ class Stage:
     prefetch: int = 2
     validate: Callable[[int], dict[str, float]] | None = None
     sample: Callable[[int, Path], Mapping[str, Any]] | None = None
+    trust_remote_code: bool = False
 
     @property
     def steps(self) -> int:
@@ -136,7 +138,8 @@ class Loop:
         # sharding puts other parameters in the place of those there were
         self.groups = learning_groups(stage.objective.groups(), stage.config.optimizer)
         self.learners = [p for group in self.groups.values() for p in group]
-        self.optimizer = build_optimizer(self.groups, stage.config.optimizer)
+        hidden, trust = hidden_matrices(stage.objective), stage.trust_remote_code
+        self.optimizer = build_optimizer(self.groups, stage.config.optimizer, hidden, trust)
         self.saver = Saver(
             stage.folder.checkpoints,
             stage.training.keep_checkpoints,
