@@ -19,7 +19,7 @@ from unified.planning.describe import counts_of, on_meta
 from unified.planning.examples import positions, typical
 from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
-from unified.planning.memory import Memory, forward_only, imagined_step, per_device
+from unified.planning.memory import Memory, forward_only, imagined_step, optimizer_state, per_device
 from unified.planning.plan import Example, Plan, Request
 from unified.training.loop import planned_steps
 from unified.training.objectives.joint import JointObjective
@@ -89,6 +89,7 @@ class Draft:
         trust_remote_code: bool,
     ):
         self.config, self.stage, self.request, self.precision = config, stage, request, precision
+        self.trust_remote_code = trust_remote_code
         tasks = build_tasks(config, trust_remote_code)
         self.tasks = {name: task for name, task in tasks.items() if task.config.ratio}
         self.modalities, self.prior = on_meta(config, trust_remote_code)
@@ -189,6 +190,7 @@ class Draft:
         """The task that needs most, and memory by (sharded, checkpointed) where it is all there is
         in a microbatch."""
         precision, ema = self.precision, self.config.training.ema is not None
+        state = optimizer_state(self.objective, self.trust_remote_code)
         plans = {name: self.objective.plan(self.microbatch(name), 0) for name in self.tasks}
         heaviest = next(iter(plans))
         if len(plans) > 1:
@@ -200,7 +202,7 @@ class Draft:
             step = imagined_step(self.objective, plans[heaviest], precision)
             for sharded in (False, True):
                 found[sharded, checkpointed] = per_device(
-                    self.objective, step, ema, self.request.gpus, sharded
+                    self.objective, step, ema, state, self.request.gpus, sharded
                 )
         return heaviest, found
 

@@ -1,14 +1,17 @@
-"""What validation measures of an autoencoder's reconstructions, beside the loss of its stage."""
+"""What validation measures beside the loss: of an autoencoder's reconstructions, and by functions
+of one's own (``training.metrics``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from unified.config.registry import trusted
 from unified.data.streams import Prepared
 from unified.latents.modality import Modality
+from unified.pipeline import UnifiedPipeline
 from unified.training.parallel import over_ranks
 from unified.training.work import share
 
@@ -39,3 +42,33 @@ def measured(
             count += 1
     *totals, items = over_ranks([*sums.values(), count], accelerator)
     return {name: total / items for name, total in zip(sums, totals, strict=True)}
+
+
+def own(
+    paths: Sequence[str],
+    pipeline: UnifiedPipeline,
+    step: int,
+    taken: Container[str] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """What the functions at `paths` give, each called with the pipeline and the number of finished
+    steps. ValueError for what is no mapping of names to numbers, and for a name that is taken."""
+    found: dict[str, float] = {}
+    for path in paths:
+        values = trusted("metric", path, trust_remote_code)(pipeline, step)
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"the metric {path!r} should return names and numbers, found {values!r}"
+            )
+        for name, value in values.items():
+            if name in taken or name in found:
+                raise ValueError(
+                    f"the metric {path!r} returns {name}, which validation already has"
+                )
+            try:
+                found[str(name)] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the metric {path!r} returns {value!r} as {name}, which should be a number"
+                ) from None
+    return found

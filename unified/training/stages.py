@@ -28,7 +28,7 @@ from unified.latents.modality import unencoded
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
 from unified.training import samples
-from unified.training.measures import measured
+from unified.training.measures import measured, own
 from unified.training.objectives.alignment import Alignment
 from unified.training.objectives.autoencoder import AutoencoderObjective
 from unified.training.objectives.joint import JointObjective
@@ -172,19 +172,19 @@ class Materials:
     def validate(
         self, objective: Objective, accelerator: Accelerator
     ) -> Callable[[int], dict[str, float]] | None:
-        """The named values of a validation: losses over the held-out examples, and in an
-        autoencoder stage the modality's own measures. None without such examples."""
+        """The named values of a validation: losses over the held-out examples, in an autoencoder
+        stage the modality's own measures, and ``training.metrics``. None if there is nothing."""
         batches, fixed = self.validation(), objective.for_validation()
-        if not batches:
+        metrics, trust = self.config.training.metrics, self.trust_remote_code
+        if not batches and not metrics:
             return None
 
         def validate(step: int) -> dict[str, float]:
-            del step
-            losses = evaluate(fixed, batches, accelerator)
-            if self.stage.modality is None:
-                return losses
-            modality = self.pipeline.modalities[self.stage.modality]
-            return losses | measured(modality, batches, accelerator)
+            values = evaluate(fixed, batches, accelerator) if batches else {}
+            if batches and self.stage.modality is not None:
+                modality = self.pipeline.modalities[self.stage.modality]
+                values |= measured(modality, batches, accelerator)
+            return values | own(metrics, self.pipeline, step, values, trust)
 
         return validate
 
