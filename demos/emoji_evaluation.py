@@ -33,12 +33,11 @@ from unified.demos.emoji import (
     says_style,
 )
 from unified.demos.linear import ImagePCA, mean_psnr, thumbnail
-from unified.evaluation.flow_loss import TargetLoss, encode, target_loss
+from unified.evaluation.flow_loss import Encoded, TargetLoss, encode, target_loss
 from unified.evaluation.nearest import latent_vectors, nearest_centroids, retrieved
 from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.reconstruction import reconstruct
 from unified.evaluation.statistics import normalised_edit_distance
-from unified.latents.modality import Latent
 from unified.modalities.text.modality import TextModality
 from unified.model.precision import arithmetic
 from unified.pipeline import UnifiedPipeline
@@ -191,7 +190,7 @@ class _Run:
             prepared.append(Prepared(task, e.name, i, observed))
         return prepared
 
-    def _own_loss(self, task: str, split: str) -> tuple[list[dict[str, Latent]], TargetLoss]:
+    def _own_loss(self, task: str, split: str) -> tuple[Encoded, TargetLoss]:
         """(latents, loss) of the true pairs."""
         encoded = encode(self.pipeline, self._prepared(task, split))
         return encoded, target_loss(self.pipeline, task, encoded, DRAWS, self.seed)

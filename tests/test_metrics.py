@@ -13,8 +13,8 @@ import tiny
 
 from unified.config.plugins import validate_plugins
 from unified.config.schema import Config
-from unified.training.measures import own
 from unified.training.run import train
+from unified.training.validation import own
 
 METRICS = """
 import torch

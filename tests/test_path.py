@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unified.cola.official import official_configs
 from unified.config.plugins import build_path, validate_plugins
-from unified.config.schema import DensityConfig, FlowConfig
+from unified.config.schema import DensityConfig
+from unified.data.streams import Prepared
 from unified.evaluation.flow_loss import encode, target_loss
 from unified.evaluation.robustness import noise_robustness
 from unified.flow.matching import FlowMatching
@@ -24,10 +25,13 @@ from unified.flow.solvers import integrate, renoise, repaint, schedule
 from unified.generation.blocks import Generator, Request
 from unified.generation.guidance import Settling
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.likelihood.cnf import log_density
 from unified.pipeline import UnifiedPipeline
-from unified.randomness import generator
+from unified.randomness import Chance, generator
+from unified.sequence.packing import NoisyPlaces
+from unified.training.objectives.joint import JointObjective
+from unified.training.stages import Materials, Sources
 
 PATHS: list[Path] = [Straight(), Cosine()]
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__.lower())
@@ -263,32 +267,41 @@ def test_what_is_no_path_is_said_in_a_sentence(name: str, says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def joint(**flow: object) -> tuple[JointObjective, list[Prepared]]:
+    """The objective of a joint stage as a run makes it, and some examples."""
+    stage = tiny.joint(posterior="mean", row_length=128)
+    config = tiny.config(flow={"clean_prefix_rate": 0.0, **flow}, stages=[stage])
+    pipeline = tiny.pipeline(config)
+    made = Materials(config, config.stages[0], pipeline, Sources(config)).objective()
+    assert isinstance(made, JointObjective)
+    return made, tiny.examples(pipeline)
+
+
 def test_training_follows_the_configured_path() -> None:
-    layouts, of = toys.layouts(), toys.samples(8)
-    batch, path = toys.batch(of, layouts), Cosine()
-    flow = FlowMatching(FlowConfig(path="cosine", clean_prefix_rate=0.0), layouts)
-    seeds = [generator(0, i) for i in range(len(of))]
-    draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, seeds)
-    noisy, targets = flow.corrupt(batch, draws)
-    for m, z0 in batch.latents.items():
-        d = draws[m]
-        t, where = d.time_N[:, None], d.noisy_N
-        assert noisy.latents[m][where].equal(path.at(z0, d.noise_NC, t)[where])
-        assert targets[m][where].equal(path.velocity(z0, d.noise_NC, t)[where])
-        assert noisy.latents[m][~where].equal(z0[~where])
+    (objective, examples), path = joint(path="cosine"), Cosine()
+    rows = objective.collate(examples, 0).rows.under(objective.visibility)
+    channels = objective.prior.channels
+    z0 = {m: torch.randn(len(rows.where[m]), c) for m, c in channels.items()}
+    rows = rows.with_latents(z0)
+    draws = objective.flow.draw(rows, Chance(0, "toy", 0), channels)
+    noisy, targets = objective.flow.corrupt(rows, draws)
+    t_T = torch.cat([torch.zeros(1), draws.t_G])
+    for m, z_NC in rows.latents.items():
+        of, eps = NoisyPlaces(*rows.noisy[m]), draws.noise[m]
+        t = t_T[of.group][:, None]
+        wanted = z_NC.index_copy(0, of.at, path.at(z_NC[of.at], eps, t))
+        assert noisy.latents[m].equal(wanted)
+        assert targets[m].velocity_MC.equal(path.velocity(z_NC[of.at], eps, t))
+        assert not noisy.latents[m].equal(z_NC)
 
 
 def test_a_prior_learns_on_the_cosine_path() -> None:
-    layouts, of = toys.layouts(), toys.samples(8)
-    flow, model = toys.flow(layouts, path="cosine", clean_prefix_rate=0.0), toys.prior()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    objective, examples = joint(path="cosine")
+    optimizer = torch.optim.AdamW(objective.prior.parameters(), lr=3e-3)
     losses = []
     for step in range(40):
-        batch = toys.batch(of, layouts)
-        seeds = [generator(step % 2, i) for i in range(len(of))]
-        draws = flow.draw(batch, [s.task for s in of], toys.CHANNELS, seeds)
-        noisy, targets = flow.corrupt(batch, draws)
-        loss = torch.stack(list(flow.loss(model(noisy), targets, draws).values())).sum()
+        batch = objective.collate(examples, step % 2)
+        loss = torch.stack(list(objective(batch).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -360,9 +373,7 @@ def test_evaluation_and_inspection_follow_the_path(models: dict[str, UnifiedPipe
     decoded: dict[str, list[Tensor]] = {}
     decode = text.decode
     for name, model in models.items():
-        text.decode = lambda z, n=name: (
-            decoded.setdefault(n, []).extend(x.values for x in z) or decode(z)
-        )  # type: ignore[method-assign, misc]
+        text.decode = lambda z, n=name: decoded.setdefault(n, []).append(z.values) or decode(z)  # type: ignore[method-assign, misc]
         noise_robustness(text, shown, (500,), path=model.path)
     del text.decode
     half = math.sqrt(0.5) / 0.5

@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from unified.latents.critic import Critic
 from unified.latents.modality import PluginConfig
-from unified.modalities.image.grouping import together
+from unified.latents.ragged import Ragged
 from unified.model.layers import wide
 
 #: channels of one group of GroupNorm
@@ -67,14 +67,13 @@ class Adversarial(Critic):
     def start(self) -> int:
         return self.config.start
 
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
         """Patches of the decoded images; patches of originals and of decoded images."""
-        patches = float(sum(self._patches(*o.shape[1:]) for o in observations))
+        patches = float(sum(n * self._patches(*shape[1:]) for n, shape in observations.runs))
         return {"adversarial": patches, "discriminator": 2 * patches}
 
     def forward(self, originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> dict[str, Tensor]:
-        pairs = list(zip(originals, decoded, strict=True))
-        judged = together(pairs, lambda pair: pair[0].shape, self._judge)
+        judged = [self._judge(x, y) for x, y in zip(originals, decoded, strict=True)]
         adversarial, own = (torch.stack(sums).sum() for sums in zip(*judged, strict=True))
         return {"adversarial": adversarial, "discriminator": own}
 
@@ -84,17 +83,15 @@ class Adversarial(Critic):
             "discriminator": self.config.discriminator_weight,
         }
 
-    def _judge(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """The sums of both terms for each pair of images of one size."""
-        real_B3HW, fake_B3HW = (torch.stack(side) for side in zip(*pairs, strict=True))
+    def _judge(self, real_B3HW: Tensor, fake_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums of both terms over pairs of images of one size."""
         held = {name: p.detach() for name, p in self.discriminator.named_parameters()}
         deceived_B1hw = wide(functional_call(self.discriminator, held, (fake_B3HW,)))
         real_B1hw, fake_B1hw = wide(
             self.discriminator(torch.cat([real_B3HW, fake_B3HW.detach()]))
         ).chunk(2)
         own_B1hw = F.relu(1 - real_B1hw) + F.relu(1 + fake_B1hw)
-        adversarial_B, own_B = (x.flatten(1).sum(1) for x in (-deceived_B1hw, own_B1hw))
-        return list(zip(adversarial_B, own_B, strict=True))
+        return -deceived_B1hw.sum(), own_B1hw.sum()
 
     def _patches(self, height: int, width: int) -> int:
         """h * w; ValueError for an image without a patch."""

@@ -1,11 +1,12 @@
 """Images as a modality: pixels to a grid of latents, one per 16 x 16 cell, in row-major order.
 
 An observation is uint8 [3, H, W] with H and W multiples of the cell, of any size and aspect:
-observations of one size run through the network together, and the order is kept. The network's own
+observations of one size run through the network together. The network's own
 Gaussians are shifted and scaled per channel by statistics fitted on data, so that everything
 outside sees latents of about zero mean and unit variance.
 
-Shape legend: B images, H height, W width, C channels, h and w the grid, L = h * w cells.
+Shape legend: B images, H height, W width, C channels, h and w the grid, L = h * w cells,
+N cells of all images.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from unified.latents.critic import Critic
 from unified.latents.measures import psnr, ssim
-from unified.latents.modality import Latent, Modality, PluginConfig, Posterior
+from unified.latents.modality import Modality, PluginConfig
+from unified.latents.ragged import Latents, Posteriors, Ragged, numbers
 from unified.latents.weights import write_text, written_whole
 from unified.modalities.image import buckets, losses, pixels
 from unified.modalities.image.adversarial import Adversarial
-from unified.modalities.image.grouping import stacked, together
 from unified.modalities.image.perceptual import Perceptual
 from unified.modalities.image.vae import Codec, NetworkConfig, load_network, new_network
 from unified.model.layers import wide
@@ -206,8 +207,9 @@ class ImageModality(Modality):
 
     # ---- the autoencoder -------------------------------------------------------------------------
 
-    def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
-        return together(observations, self.grid, self._encode)
+    def encode(self, observations: Ragged) -> Posteriors:
+        """Images of one size run through the network together."""
+        return Posteriors.cat([self._encode(group) for group in observations.groups()])
 
     fidelity_unit: ClassVar[str] = "PSNR in dB"
 
@@ -222,41 +224,38 @@ class ImageModality(Modality):
         similarity = ssim(observation, back, peak=255)
         return {"psnr": self.fidelity(observation, back), "ssim": similarity}
 
-    def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
-        decoded = together(latents, lambda latent: latent.grid, self._decode)
-        return [pixels.to_bytes(x_3HW).cpu() for x_3HW in decoded]
+    def decode(self, latents: Latents) -> Ragged:
+        decoded = [pixels.to_bytes(self._decode(*group)) for group in latents.groups()]
+        runs = tuple((len(x_B3HW), tuple(x_B3HW.shape[1:])) for x_B3HW in decoded)
+        return Ragged.flat(torch.cat([x_B3HW.flatten() for x_B3HW in decoded]), runs)
 
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
         """Colour values, differences of neighbouring colour values, and cells."""
         return {
-            "reconstruction": float(sum(o.numel() for o in observations)),
-            "gradient": float(sum(losses.neighbours(*o.shape[1:]) for o in observations)),
-            "kl": float(sum(h * w for h, w in map(self.grid, observations))),
+            "reconstruction": float(numbers(observations.runs)),
+            "gradient": float(sum(n * losses.neighbours(*s[1:]) for n, s in observations.runs)),
+            "kl": float(numbers(self.grids(observations))),
         }
 
-    def reconstruction(
-        self, observations: Sequence[Tensor], latents: Sequence[Latent]
-    ) -> dict[str, Tensor]:
+    def reconstruction(self, observations: Ragged, latents: Latents) -> dict[str, Tensor]:
         """L1 error of pixels in [-1, 1], and of the differences of neighbours, as sums."""
         return self.judged(observations, latents, ())
 
     def judged(
-        self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
+        self, observations: Ragged, latents: Latents, critics: Sequence[Critic]
     ) -> dict[str, Tensor]:
-        decoded = together(latents, lambda latent: latent.grid, self._decode)
-        pairs = [
-            (pixels.to_unit(bytes_B3HW.to(y_B3HW.device), y_B3HW.dtype), y_B3HW)
-            for bytes_B3HW, y_B3HW in zip(stacked(observations), stacked(decoded), strict=True)
+        decoded = [self._decode(*group) for group in latents.groups()]
+        originals = [
+            pixels.to_unit(bytes_B3HW, y_B3HW.dtype)
+            for bytes_B3HW, y_B3HW in zip(observations.groups(), decoded, strict=True)
         ]
+        pairs = list(zip(originals, decoded, strict=True))
         sums = {
             "reconstruction": torch.stack([losses.absolute_error(x, y) for x, y in pairs]).sum(),
             "gradient": torch.stack([losses.gradient_error(x, y) for x, y in pairs]).sum(),
         }
-        x_3HW, y_3HW = (
-            [image for batch in side for image in batch] for side in zip(*pairs, strict=True)
-        )
         for critic in critics:
-            sums |= critic(x_3HW, y_3HW)
+            sums |= critic(originals, decoded)
         return sums
 
     def weights(self) -> dict[str, float]:
@@ -266,53 +265,46 @@ class ImageModality(Modality):
             "kl": self.config.beta,
         }
 
-    @torch.no_grad()
     def log_scale(self) -> Tensor:
         return -self.scale.log()
 
-    def fit_statistics(self, observations: Sequence[Tensor]) -> None:
+    @torch.no_grad()
+    def fit_statistics(self, observations: Ragged) -> None:
         """Set shift and scale so that posterior samples of `observations` are standardised.
 
         The variance of a sample is that of the means plus the mean of the variances.
         """
-        if not observations:
-            raise ValueError("latent statistics need at least one observation, but none was given")
         self.shift.zero_()
         self.scale.fill_(1)
         count, first_C, second_C = 0, torch.tensor(0.0), torch.tensor(0.0)
-        for start in range(0, len(observations), FIT_BATCH):
-            for posterior in self.encode(observations[start : start + FIT_BATCH]):
-                mean_LC = posterior.mean_LC.double().cpu()
-                variance_LC = posterior.logvar_LC.double().cpu().exp()
-                count += len(mean_LC)
-                first_C = first_C + mean_LC.sum(0)
-                second_C = second_C + (mean_LC**2 + variance_LC).sum(0)
+        for part in observations.parts(FIT_BATCH):
+            posteriors = self.encode(part)
+            mean_NC = posteriors.mean_NC.double().cpu()
+            variance_NC = posteriors.logvar_NC.double().cpu().exp()
+            count += len(mean_NC)
+            first_C = first_C + mean_NC.sum(0)
+            second_C = second_C + (mean_NC**2 + variance_NC).sum(0)
         shift_C = first_C / count
         # a channel that never varies keeps a finite scale
         scale_C = (second_C / count - shift_C**2).clamp_min(1e-12).sqrt()
         self.shift.copy_(shift_C)
         self.scale.copy_(scale_C)
 
-    def _encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
-        """Posteriors of observations of one size."""
-        bytes_B3HW = torch.stack(list(observations)).to(self.shift.device)
+    def _encode(self, bytes_B3HW: Tensor) -> Posteriors:
+        """Posteriors of images of one size."""
         mean, logvar = self.codec.encode(pixels.to_unit(bytes_B3HW, self.codec.dtype))
-        mean_BLC, logvar_BLC = (_cells(wide(z)) for z in (mean, logvar))
-        mean_BLC = (mean_BLC - self.shift) / self.scale
-        logvar_BLC = logvar_BLC - 2 * self.scale.log()
-        grid = self.grid(observations[0])
-        return [
-            Posterior(mean_LC, logvar_LC, grid)
-            for mean_LC, logvar_LC in zip(mean_BLC, logvar_BLC, strict=True)
-        ]
+        mean_NC, logvar_NC = (_cells(wide(z)) for z in (mean, logvar))
+        runs = ((len(bytes_B3HW), self.grid(bytes_B3HW[0])),)
+        return Posteriors(
+            (mean_NC - self.shift) / self.scale, logvar_NC - 2 * self.scale.log(), runs
+        )
 
-    def _decode(self, latents: Sequence[Latent]) -> list[Tensor]:
-        """Pixels [3, H, W] in about [-1, 1], differentiable, of latents of one grid."""
-        h, w = latents[0].grid
-        z_BLC = torch.stack([latent.values for latent in latents]).to(self.shift.device)
+    def _decode(self, z_BLC: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Pixels [B, 3, H, W] in about [-1, 1], differentiable, of latents of one grid."""
+        h, w = grid
         z_BLC = z_BLC * self.scale + self.shift
         z_BChw = rearrange(z_BLC, "B (h w) C -> B C h w", h=h, w=w).to(self.codec.dtype)
-        return list(wide(self.codec.decode(z_BChw)))
+        return wide(self.codec.decode(z_BChw))
 
     # ---- making, files ---------------------------------------------------------------------------
 
@@ -351,7 +343,7 @@ class ImageModality(Modality):
 
 
 def _cells(z_BChw: Tensor) -> Tensor:
-    return rearrange(z_BChw, "B C h w -> B (h w) C")
+    return rearrange(z_BChw, "B C h w -> (B h w) C")
 
 
 def _read_extras(path: Path) -> tuple[ImageConfig, Tensor, Tensor]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from unified.errors import did_you_mean, one_line
 from unified.latents.critic import Critic
 from unified.latents.modality import PluginConfig
+from unified.latents.ragged import Ragged
 from unified.latents.weights import assign, check_names, named_tensors, read_file
-from unified.modalities.image.grouping import together
 from unified.model.layers import wide
 
 #: mean and standard deviation of colours in [0, 1] that torchvision's backbones were trained with
@@ -102,20 +102,19 @@ class Perceptual(Critic):
         super().train(False)
         return self
 
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
         """Images."""
         return {"perceptual": float(len(observations))}
 
     def forward(self, originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> dict[str, Tensor]:
-        pairs = list(zip(originals, decoded, strict=True))
-        distances = together(pairs, lambda pair: pair[0].shape, self._distances)
-        return {"perceptual": torch.stack(distances).sum()}
+        pairs = zip(originals, decoded, strict=True)
+        return {"perceptual": torch.cat([self._distances(x, y) for x, y in pairs]).sum()}
 
     def weights(self) -> dict[str, float]:
         return {"perceptual": self.config.weight}
 
-    def _distances(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        x_B3HW, y_B3HW = (torch.stack(side) for side in zip(*pairs, strict=True))
+    def _distances(self, x_B3HW: Tensor, y_B3HW: Tensor) -> Tensor:
+        """One number for each pair of images of one size [B]."""
         with torch.no_grad():
             wanted = self.features(x_B3HW)
         found = self.features(y_B3HW)
@@ -123,7 +122,7 @@ class Perceptual(Critic):
             (x_BFhw - y_BFhw).square().sum(1).mean((1, 2))
             for x_BFhw, y_BFhw in zip(wanted, found, strict=True)
         ]
-        return list(torch.stack(layers).sum(0))
+        return torch.stack(layers).sum(0)
 
     def features(self, x_B3HW: Tensor) -> list[Tensor]:
         """Features of length 1 [B, F, h, w], layer by layer, of pixels in [-1, 1]."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unified.latents.modality import Choice, Decoding, Latent
+from unified.latents.modality import Choice, Decoding
+from unified.latents.ragged import Latent
 from unified.modalities.text.layers import KVCache
 from unified.model.layers import wide
 from unified.randomness import generator

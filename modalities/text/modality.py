@@ -1,10 +1,11 @@
 """Text as a modality: token ids, their VAE, and the losses of its stage.
 
-An observation is a vector of ids [T]; its latents are [T / patch_size, C]. The posterior mean goes
+An observation is a vector of ids [T]; its latents are [T / patch_size, C]. Texts of a batch are
+ragged, and become padded rows where a network reads them. The posterior mean goes
 through a LayerNorm without parameters, so latents have about zero mean and unit variance from the
 first step on, and normalised space is the encoder's own (up to two stored scalars).
 
-Shape legend: T tokens of one text, B texts, L latents, C latent channels.
+Shape legend: T tokens of one text, B texts, L latents, N latents of all texts, C latent channels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from unified.errors import validated
-from unified.latents.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
+from unified.latents.modality import Choice, Decoding, Modality, Side
+from unified.latents.ragged import Latent, Latents, Posteriors, Ragged, numbers, pad, unpad
 from unified.latents.weights import load_weights, save_weights
 from unified.modalities.text.decoding import TextDecoding
 from unified.modalities.text.layers import KVCache
@@ -30,6 +32,7 @@ from unified.modalities.text.tokenizer import Tokenizer
 from unified.modalities.text.vae import TextVAE
 from unified.modalities.text.vae_config import TextVAEConfig
 from unified.model.layers import wide
+from unified.randomness import ItemChance
 
 CONFIG = "config.json"
 IGNORED = -100
@@ -222,45 +225,54 @@ class TextModality(Modality):
 
     # ---- the autoencoder ------------------------------------------------------------------------
 
-    def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
-        ids_BT = self._batch(observations)
-        grids = [self.grid(o) for o in observations]
-        lengths_B = torch.tensor([length for (length,) in grids])
+    def encode(self, observations: Ragged) -> Posteriors:
+        return self._encode(observations, self._rows(observations))
+
+    def _encode(self, observations: Ragged, ids_BT: Tensor) -> Posteriors:
+        """The posteriors of texts whose ids stand in these rows."""
+        lengths_B = observations.length_B // self.config.patch_size
         mean_BLC, logvar_BLC = self.network.encoder(ids_BT, lengths_B)
+        runs = self.grids(observations)
+        mean_NC, logvar_NC = (unpad(x, lengths_B, numbers(runs)) for x in (mean_BLC, logvar_BLC))
         if self.config.log_snr is not None:
-            logvar_BLC = torch.full_like(logvar_BLC, -self.config.log_snr)
-        mean_BLC = (mean_BLC - self.config.shifting_factor) * self.config.scaling_factor
-        logvar_BLC = logvar_BLC + 2 * math.log(self.config.scaling_factor)
-        return [
-            Posterior(mean_LC[: grid[0]], logvar_LC[: grid[0]], grid)
-            for mean_LC, logvar_LC, grid in zip(mean_BLC, logvar_BLC, grids, strict=True)
-        ]
+            logvar_NC = torch.full_like(logvar_NC, -self.config.log_snr)
+        mean_NC = (mean_NC - self.config.shifting_factor) * self.config.scaling_factor
+        logvar_NC = logvar_NC + 2 * math.log(self.config.scaling_factor)
+        return Posteriors(mean_NC, logvar_NC, runs)
 
     def logits(self, latents: Sequence[Latent], cache: KVCache | None = None) -> Tensor:
         """Logits [B, T, vocab_size] of `latents`, padded on the right to the longest; with a
         `cache`, they continue the latents that it holds."""
         lengths_B = torch.tensor([len(z.values) for z in latents])
         z_BLC = pad_sequence([z.values for z in latents], batch_first=True)
+        return self._logits(z_BLC, lengths_B, cache)
+
+    def _logits(self, z_BLC: Tensor, lengths_B: Tensor, cache: KVCache | None = None) -> Tensor:
         decoder = self.network.decoder
         return decoder(z_BLC.to(decoder.in_layer.weight), cache, lengths_B)
 
-    def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
-        ids_BT = self.logits(latents).argmax(-1).cpu()
-        lengths = [len(z.values) * self.config.patch_size for z in latents]
-        return [ids_T[:length] for ids_T, length in zip(ids_BT, lengths, strict=True)]
+    def decode(self, latents: Latents) -> Ragged:
+        lengths_B = torch.tensor([n for count, (n,) in latents.runs for _ in range(count)])
+        lengths_B = lengths_B.to(latents.values.device)
+        longest = max(n for _, (n,) in latents.runs)
+        ids_BT = self._logits(pad(latents.values, lengths_B, longest), lengths_B).argmax(-1)
+        patch = self.config.patch_size
+        runs = tuple((count, (n * patch,)) for count, (n,) in latents.runs)
+        return Ragged(unpad(ids_BT, lengths_B * patch, numbers(runs)), runs, lengths_B * patch)
 
     def decoding(
         self, choice: Choice, seeds: Sequence[int], starts: Sequence[int], block: int | None
     ) -> Decoding:
         return TextDecoding(self, choice, seeds, starts, block or 1)
 
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
+        real_BT = self._is_real(observations.padded(self.unknown_id))
         counts = {
-            "reconstruction": float(sum(self._real(o) for o in observations)),
-            "kl": float(sum(self.grid(o)[0] for o in observations)),
+            "reconstruction": float(real_BT.sum()),
+            "kl": float(numbers(self.grids(observations))),
         }
         if self.config.mask_weight:
-            counts["mask"] = float(sum(self._hidden(o) for o in observations))
+            counts["mask"] = float(self._hidden(real_BT).sum())
         return counts
 
     def close(self, observation: Tensor) -> Tensor:
@@ -286,39 +298,34 @@ class TextModality(Modality):
     def log_scale(self) -> Tensor:
         return torch.full((self.channels,), math.log(self.config.scaling_factor))
 
-    def reconstruction(
-        self, observations: Sequence[Tensor], latents: Sequence[Latent]
-    ) -> dict[str, Tensor]:
+    def reconstruction(self, observations: Ragged, latents: Latents) -> dict[str, Tensor]:
         """Summed cross entropy of all tokens but pads, in nats."""
-        return {"reconstruction": self._cross_entropy(latents, observations)}
+        ids_BT = self._rows(observations)
+        return {"reconstruction": self._cross_entropy(observations, latents, ids_BT)}
 
-    def masking(
-        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
-    ) -> dict[str, Tensor]:
+    def masking(self, observations: Ragged, chance: ItemChance) -> dict[str, Tensor]:
         """Summed cross entropy of hidden tokens, read through encoder, posterior and decoder.
 
-        How many are hidden is a function of the text alone; which ones, its generator draws. A
-        strictly causal encoder has only the left context to predict them from.
+        How many are hidden is a function of the text alone; which ones, chance says: those whose
+        numbers are least. A strictly causal encoder has only the left context to predict from.
         """
         if not self.config.mask_weight:
             return {}
-        inputs, targets = [], []
-        for ids_T, generator in zip(observations, generators, strict=True):
-            real = self._is_real(ids_T).nonzero()[:, 0]
-            order = torch.randperm(len(real), generator=generator)
-            hidden = real[order[: self._hidden(ids_T)].to(real.device)]
-            inputs.append(ids_T.index_fill(0, hidden, self.config.vocab_size))
-            target = torch.full_like(ids_T, self.unknown_id)
-            targets.append(target.index_copy(0, hidden, ids_T[hidden]))
-        posteriors = self.encode(inputs)
-        latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
-        return {"mask": self._cross_entropy(latents, targets)}
+        ids_BT = self._rows(observations)
+        real_BT = self._is_real(ids_BT)
+        number_BT = chance.uniform("hidden", ids_BT.shape[1]).masked_fill(~real_BT, 2)
+        rank_BT = number_BT.argsort(stable=True, dim=1).argsort(1)
+        hidden_BT = rank_BT < self._hidden(real_BT)[:, None]
+        posteriors = self._encode(observations, ids_BT.masked_fill(hidden_BT, self.unknown_id))
+        latents = posteriors.sample(chance.normal("masked posterior", self.channels))
+        wanted_BT = ids_BT.masked_fill(~hidden_BT, self.unknown_id)
+        return {"mask": self._cross_entropy(observations, latents, wanted_BT)}
 
     def weights(self) -> dict[str, float]:
         weights = {"reconstruction": 1.0, "kl": self.config.beta}
         return weights | ({"mask": self.config.mask_weight} if self.config.mask_weight else {})
 
-    def fit_statistics(self, observations: Sequence[Tensor]) -> None:
+    def fit_statistics(self, observations: Ragged) -> None:
         """Nothing to fit: the encoder's last LayerNorm fixes the scale of text latents, and the
         decoder is trained on latents that `scaling_factor` and `shifting_factor` have passed."""
 
@@ -327,26 +334,22 @@ class TextModality(Modality):
         real = ids_T != self.unknown_id
         return real & (ids_T != self.tokenizer.pad_id) if self.has_tokenizer else real
 
-    def _real(self, ids_T: Tensor) -> int:
-        return int(self._is_real(ids_T).sum())
+    def _hidden(self, real_BT: Tensor) -> Tensor:
+        """How many tokens the masked-token loss hides of each text [B]: a share of the real ones,
+        and one at least. In whole numbers, which no device rounds another way."""
+        share = round(self.config.mask_rate * 1_000_000)
+        return ((real_BT.sum(1) * share + 500_000) // 1_000_000).clamp(min=1)
 
-    def _hidden(self, ids_T: Tensor) -> int:
-        return max(1, round(self.config.mask_rate * self._real(ids_T)))
-
-    @property
-    def _device(self) -> torch.device:
-        return self.network.encoder.wte.weight.device
-
-    def _batch(self, observations: Sequence[Tensor]) -> Tensor:
+    def _rows(self, observations: Ragged) -> Tensor:
         """Ids [B, T], filled up with unknown ones, which are no targets."""
-        filler = self.unknown_id
-        ids_BT = pad_sequence(list(observations), batch_first=True, padding_value=filler)
-        return ids_BT.to(self._device)
+        return observations.padded(self.unknown_id)
 
-    def _cross_entropy(self, latents: Sequence[Latent], targets: Sequence[Tensor]) -> Tensor:
-        """-log p of all real tokens of the targets, given the latents of their texts; a sum."""
-        logits_BTV = wide(self.logits(latents))
-        ids_BT = self._batch(targets)
+    def _cross_entropy(self, observations: Ragged, latents: Latents, ids_BT: Tensor) -> Tensor:
+        """-log p of all real tokens in the rows, given the latents of their texts; a sum."""
+        patch = self.config.patch_size
+        lengths_B = observations.length_B // patch
+        z_BLC = pad(latents.values, lengths_B, observations.longest // patch)
+        logits_BTV = wide(self._logits(z_BLC, lengths_B))
         wanted_BT = torch.where(self._is_real(ids_BT), ids_BT, IGNORED)
         return F.cross_entropy(
             logits_BTV.flatten(0, 1), wanted_BT.flatten(), ignore_index=IGNORED, reduction="sum"

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from unified.data.batches import Collate, microbatches
 from unified.data.examples import Example
 from unified.data.order import Order, Window
 from unified.data.shards import Entry
@@ -117,13 +118,45 @@ class Bad:
             )
 
 
+def as_list(examples: Sequence[Prepared], step: int) -> list[Prepared]:
+    """The examples as they are."""
+    del step
+    return list(examples)
+
+
+@dataclass(frozen=True)
+class Made:
+    """This process's part of a step as a worker leaves it: collated, or in `pieces` where an
+    example turned out bad (a sentence in its place) and must be replaced first."""
+
+    parts: list[Any]
+    truncated: int
+    pieces: list[Prepared | str]
+
+
 class Preparer(Dataset[Any]):
-    """What workers run: a request to the observations of its slot, or to what is wrong with it."""
+    """What workers run: the requests of a step to its microbatches."""
 
-    def __init__(self, feeds: Sequence[Feed], seed: int, stage: str):
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        seed: int,
+        stage: str,
+        collate: Collate,
+        share: tuple[int, int, int],
+    ):
         self._feeds, self._seed, self._stage = feeds, seed, stage
+        self._collate, self._share = collate, share
 
-    def __getitem__(self, request: Request) -> Prepared | str:
+    def __getitem__(self, requests: list[Request]) -> Made:
+        pieces = [self.prepare(request) for request in requests]
+        good = [piece for piece in pieces if isinstance(piece, Prepared)]
+        if len(good) < len(pieces):
+            return Made([], 0, pieces)
+        return self.finish(good, requests[0].step if requests else 0)
+
+    def prepare(self, request: Request) -> Prepared | str:
+        """The observations of one slot, or what is wrong with them."""
         feed = self._feeds[request.feed]
         draw = generator(self._seed, self._stage, request.step, request.slot, "prepare")
         try:
@@ -133,12 +166,18 @@ class Preparer(Dataset[Any]):
             return str(error)
         return Prepared(feed.stream.name, example.key, request.slot, observations, truncated)
 
+    def finish(self, examples: list[Prepared], step: int) -> Made:
+        """The microbatches of good examples."""
+        parts = microbatches(examples, self._collate, step, *self._share)
+        return Made(parts, sum(example.truncated for example in examples), [])
+
 
 @dataclass(frozen=True)
 class Drawn:
     """A step before anything is read: this process's requests, the window each example is of, and
     the state after the step."""
 
+    step: int
     requests: list[Request]
     windows: list[Window]
     state: dict[str, Any]
@@ -148,7 +187,8 @@ class Mixture:
     """The batches of one stage; call `batch` once per step, in order.
 
     `stage` names the stage; `batch_size` counts examples over all processes and accumulation
-    steps, of which this one is number `process` of `processes`. ValueError for ratios that are
+    steps, of which this one is number `process` of `processes`. Its share of a step comes as
+    `parts` microbatches, made by `collate`. ValueError for ratios that are
     negative or all zero, and for two feeds of one name.
     """
 
@@ -164,6 +204,8 @@ class Mixture:
         process: int = 0,
         processes: int = 1,
         workers: int = 0,
+        collate: Collate = as_list,
+        parts: int = 1,
     ):
         names = [feed.label for feed in feeds]
         if len(set(names)) < len(names):
@@ -172,23 +214,25 @@ class Mixture:
         self._names = names
         self._orders = [Order(f.source, f.label, seed, shuffle_buffer) for f in feeds]
         self._bad = [Bad(feed, max_bad_share, processes) for feed in feeds]
-        self._prepare = Preparer(feeds, seed, stage)
+        self._prepare = Preparer(feeds, seed, stage, collate, (process, processes, parts))
         self._batch_size, self._seed, self._stage = batch_size, seed, stage
         self._process, self._processes, self._workers = process, processes, workers
-        self._batches: Generator[list[Prepared]] | None = None
+        self._batches: Generator[Made] | None = None
         self._state: dict[str, Any] | None = None
-        #: bad examples that this process has met since it started
-        self.bad = 0
+        #: bad and truncated examples that this process has met since it started
+        self.bad = self.truncated = 0
 
-    def batch(self, step: int) -> list[Prepared]:
-        """This process's part of the global batch of `step`, in the order of its slots.
+    def batch(self, step: int) -> list[Any]:
+        """This process's microbatches of `step`.
 
         Bad examples are replaced. ValueError, naming the source and the first reasons, once
         more than `max_bad_share` of an epoch is bad.
         """
         if self._batches is None:
             self._batches = self._ahead(step)
-        return next(self._batches)
+        made = next(self._batches)
+        self.truncated += made.truncated
+        return made.parts
 
     def state_dict(self) -> dict[str, Any]:
         """By feed: its place after the last batch, and the bad examples of its epoch."""
@@ -217,7 +261,7 @@ class Mixture:
     def _places(self) -> dict[str, Any]:
         return {n: o.state_dict() for n, o in zip(self._names, self._orders, strict=True)}
 
-    def _ahead(self, first: int) -> Generator[list[Prepared]]:
+    def _ahead(self, first: int) -> Generator[Made]:
         """The batches from step `first` on; workers read ahead, and the state does not."""
         waiting: deque[Drawn] = deque()
 
@@ -226,12 +270,14 @@ class Mixture:
                 waiting.append(self._draw(step))
                 yield waiting[-1].requests
 
-        for prepared in self._prepared(requests()):
+        for made in self._made(requests()):
             drawn = waiting.popleft()
-            found = zip(drawn.requests, prepared, drawn.windows, strict=True)
-            batch = [self._settle(*slot) for slot in found]
+            if made.pieces:
+                found = zip(drawn.requests, made.pieces, drawn.windows, strict=True)
+                settled = [self._settle(*slot) for slot in found]
+                made = self._prepare.finish(settled, drawn.step)
             self._state = drawn.state
-            yield batch
+            yield made
 
     def _draw(self, step: int) -> Drawn:
         """Assign all slots of the global batch, which moves every feed on; keep our own."""
@@ -239,7 +285,7 @@ class Mixture:
         uniform = torch.rand(self._batch_size, dtype=torch.float64, generator=draw)
         # right=True: a share of zero is an empty interval, and never drawn
         feeds = torch.searchsorted(self._shares, uniform, right=True).tolist()
-        drawn = Drawn([], [], {})
+        drawn = Drawn(step, [], [], {})
         for slot, feed in enumerate(feeds):
             entry = self._orders[feed].next()
             if slot % self._processes == self._process:
@@ -248,16 +294,16 @@ class Mixture:
         drawn.state.update(self._places())
         return drawn
 
-    def _prepared(self, batches: Iterator[list[Request]]) -> Iterator[list[Prepared | str]]:
+    def _made(self, steps: Iterator[list[Request]]) -> Iterator[Made]:
         if not self._workers:
-            return ([self._prepare[request] for request in requests] for requests in batches)
+            return (self._prepare[requests] for requests in steps)
         return iter(
             DataLoader(
                 self._prepare,
-                batch_sampler=batches,
+                batch_size=None,  # a worker makes whole steps
+                sampler=steps,
                 num_workers=self._workers,
-                collate_fn=list,
-                worker_init_fn=_leave_the_group,
+                worker_init_fn=_start_worker,
             )
         )
 
@@ -272,13 +318,13 @@ class Mixture:
         for attempt in range(ATTEMPTS):
             draw = generator(*purpose, attempt)
             index = int(torch.randint(len(window.entries), (), generator=draw))
-            other = self._prepare[replace(request, entry=window.entries[index])]
+            other = self._prepare.prepare(replace(request, entry=window.entries[index]))
             if isinstance(other, Prepared):
                 return other
         raise bad.too_many(f"{ATTEMPTS} of {ATTEMPTS} drawn at random in one window")
 
 
-def _leave_the_group(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """A signal to stop is for the run, which ends its workers itself once it has saved."""
     del worker
     if hasattr(os, "setpgrp"):

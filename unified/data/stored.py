@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from unified.latents.modality import Modality, Posterior
+from unified.latents.modality import Modality
+from unified.latents.ragged import Posteriors
 from unified.latents.weights import named_tensors
 
 #: ending of the member
@@ -36,18 +37,18 @@ def fingerprint(modality: Modality) -> str:
 
 
 def to_bytes(
-    posteriors: Mapping[str, Posterior], encoders: Mapping[str, str], dtype: torch.dtype
+    posteriors: Mapping[str, Posteriors], encoders: Mapping[str, str], dtype: torch.dtype
 ) -> bytes:
     """The member of one example; `encoders` is modality -> fingerprint."""
     tensors: dict[str, Tensor] = {}
     for kind, posterior in posteriors.items():
-        tensors[f"{kind}/mean"] = posterior.mean_LC.to("cpu", dtype).contiguous()
-        tensors[f"{kind}/logvar"] = posterior.logvar_LC.to("cpu", dtype).contiguous()
+        tensors[f"{kind}/mean"] = posterior.mean_NC.to("cpu", dtype).contiguous()
+        tensors[f"{kind}/logvar"] = posterior.logvar_NC.to("cpu", dtype).contiguous()
         tensors[f"{kind}/grid"] = torch.tensor(posterior.grid)
     return save(tensors, {"encoders": json.dumps(dict(encoders))})
 
 
-def from_bytes(data: bytes, encoders: Mapping[str, str]) -> dict[str, Posterior]:
+def from_bytes(data: bytes, encoders: Mapping[str, str]) -> dict[str, Posteriors]:
     """Kind (and phase) -> posterior in float32. ValueError for bytes that are no such member, and
     for latents that other autoencoders than `encoders` made."""
     try:
@@ -64,10 +65,10 @@ def from_bytes(data: bytes, encoders: Mapping[str, str]) -> dict[str, Posterior]
                 f" init.{name}_vae, or make them again with unified data encode"
             )
     return {
-        kind: Posterior(
+        kind: Posteriors(
             tensors[f"{kind}/mean"].float(),
             tensors[f"{kind}/logvar"].float(),
-            tuple(tensors[f"{kind}/grid"].tolist()),
+            ((1, tuple(tensors[f"{kind}/grid"].tolist())),),
         )
         for kind in {name.rpartition("/")[0] for name in tensors}
     }

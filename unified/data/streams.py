@@ -18,7 +18,8 @@ from torch import Tensor
 
 from unified.data.examples import Example
 from unified.data.stored import LATENTS, fingerprint, from_bytes, phased
-from unified.latents.modality import Modality, Observed, Posterior, grid_of
+from unified.latents.modality import Modality, Observed, grid_of
+from unified.latents.ragged import Posteriors
 from unified.sequence.layout import needed, place
 from unified.sequence.task import Task
 from unified.sequence.visibility import Visibility
@@ -127,7 +128,7 @@ class TaskStream:
                 raise ValueError(self._too_long(observations))
         return observations, excess > 0
 
-    def _stored(self, example: Example, lead: int) -> dict[str, Posterior]:
+    def _stored(self, example: Example, lead: int) -> dict[str, Posteriors]:
         """The posteriors that the example brings along."""
         with example.naming():
             found = from_bytes(example.raw.members[LATENTS], self.encoders)
@@ -154,7 +155,7 @@ class TaskStream:
         shape = tuple(grids.items())
         if shape not in self._counted:
             placed = place(self._layout, grids, axes=max(map(len, grids.values())))
-            kept = needed(placed, "", self._visibility)
+            kept, _ = needed(placed, "", self._visibility)
             self._counted[shape] = {p.segment.kind: len(p.blocks) for p in kept}
         return self._counted[shape]
 

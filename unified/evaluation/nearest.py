@@ -24,7 +24,7 @@ def latent_vectors(modality: Modality, observations: Sequence[Tensor]) -> Tensor
     grids = {p.grid for p in found}
     if len(grids) > 1:
         raise ValueError(f"vectors need observations of one size, found the grids {sorted(grids)}")
-    return torch.stack([p.mean_LC.flatten() for p in found]).cpu()
+    return torch.stack([p.mean_NC.flatten() for p in found]).cpu()
 
 
 def retrieved(

@@ -11,9 +11,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from unified.evaluation.flow_loss import Encoded, TargetLoss
+from unified.evaluation.flow_loss import Encoded, EncodedItems, TargetLoss
 from unified.evaluation.statistics import Interval, bootstrap
-from unified.latents.modality import Latent
 from unified.randomness import generator
 
 
@@ -37,14 +36,9 @@ def partners(groups: Sequence[Hashable], across: bool, seed: int = 0) -> list[in
     return chosen
 
 
-def repaired(
-    encoded: Sequence[Encoded], partner: Sequence[int], target: str
-) -> list[dict[str, Latent]]:
+def repaired(encoded: Encoded, partner: Sequence[int], target: str) -> dict[str, EncodedItems]:
     """The same targets, each with everything else taken from its partner."""
-    return [
-        {kind: latent if kind == target else encoded[p][kind] for kind, latent in own.items()}
-        for own, p in zip(encoded, partner, strict=True)
-    ]
+    return {kind: items if kind == target else items.of(partner) for kind, items in encoded.items()}
 
 
 def condition_matters(own: TargetLoss, other: TargetLoss) -> Interval:

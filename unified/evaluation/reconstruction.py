@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unified.latents.modality import Modality, Observed, Posterior, draw, posteriors_of
-from unified.randomness import generator
+from unified.latents.modality import Modality, Observed, decode, encode
+from unified.latents.ragged import Latent, Posteriors
+from unified.randomness import noise
 
 BATCH = 32
 
 
 @torch.no_grad()
-def posteriors(modality: Modality, observations: Sequence[Observed]) -> Iterator[Posterior]:
+def posteriors(modality: Modality, observations: Sequence[Observed]) -> list[Posteriors]:
     """The posterior of each observation, `BATCH` of them encoded at once."""
-    modality.eval()
-    for start in range(0, len(observations), BATCH):
-        yield from posteriors_of(modality, observations[start : start + BATCH])
+    return encode(modality.eval(), observations, BATCH)
+
+
+def sampled(posterior: Posteriors, *purpose: int | str) -> Latent:
+    """A sample of the posterior of one item, by chance of its own."""
+    eps = noise(posterior.mean_NC.shape, *purpose)
+    return Latent(posterior.sample(eps).values, posterior.grid)
 
 
 @torch.no_grad()
@@ -30,10 +35,7 @@ def reconstruct(
     Observation i draws from (seed, i), so its sample does not depend on its batch.
     """
     latents = [
-        posterior.mode
-        if seed is None
-        else posterior.sample(draw(posterior, generator(seed, "reconstruction", i)))
-        for i, posterior in enumerate(posteriors(modality, observations))
+        Latent(p.mean_NC, p.grid) if seed is None else sampled(p, seed, "reconstruction", i)
+        for i, p in enumerate(posteriors(modality, observations))
     ]
-    parts = (latents[start : start + BATCH] for start in range(0, len(latents), BATCH))
-    return [observation for part in parts for observation in modality.decode(part)]
+    return decode(modality, latents, BATCH)

@@ -16,14 +16,15 @@ from unified.evaluation.reconstruction import BATCH, posteriors
 from unified.evaluation.statistics import Interval, bootstrap
 from unified.flow.path import STRAIGHT, Path
 from unified.flow.timesteps import TIMESTEP_SCALE
-from unified.latents.modality import Latent, Modality, Posterior, draw
-from unified.randomness import generator
+from unified.latents.modality import Modality, decode
+from unified.latents.ragged import Latent, Posteriors
+from unified.randomness import noise
 
 #: timesteps of the robustness curve, in thousandths (figure 13 of the paper)
 LEVELS = (0, 125, 250, 375, 500, 625, 750, 875, 1000)
 
 
-def log_snr(found: Iterable[Posterior]) -> float:
+def log_snr(found: Iterable[Posteriors]) -> float:
     """VAE logSNR in nats: log of mean square of the means over mean variance (eqs. 16.2-16.3).
 
     Means run over all coordinates of all items. ValueError if there are none.
@@ -31,9 +32,9 @@ def log_snr(found: Iterable[Posterior]) -> float:
     signal = noise = 0.0
     count = 0
     for posterior in found:
-        signal += float(posterior.mean_LC.double().square().sum())
-        noise += float(posterior.logvar_LC.double().exp().sum())
-        count += posterior.mean_LC.numel()
+        signal += float(posterior.mean_NC.double().square().sum())
+        noise += float(posterior.logvar_NC.double().exp().sum())
+        count += posterior.mean_NC.numel()
     if not count:
         raise ValueError("the logSNR of a VAE needs at least one item, found none")
     return math.log(signal) - math.log(noise)
@@ -64,17 +65,15 @@ def noise_robustness(
     if outside:
         raise ValueError(f"a timestep lies between 0 and {TIMESTEP_SCALE}, found {outside[0]}")
     found = list(posteriors(modality, observations))
-    noises = [draw(p, generator(seed, "robustness", i)) for i, p in enumerate(found)]
+    z0 = torch.cat([p.mean_NC for p in found])
+    eps = [noise(p.mean_NC.shape, seed, "robustness", i) for i, p in enumerate(found)]
+    eps_NC, lengths = torch.cat(eps).to(z0), [len(p.mean_NC) for p in found]
     curve = []
     for level in levels:
-        t = torch.tensor(level / TIMESTEP_SCALE)
-        noisy = [
-            Latent(path.at(p.mean_LC, eps.to(p.mean_LC), t.to(p.mean_LC)), p.grid)
-            for p, eps in zip(found, noises, strict=True)
-        ]
-        parts = (noisy[start : start + BATCH] for start in range(0, len(noisy), BATCH))
-        back = [o for part in parts for o in modality.decode(part)]
-        pairs = zip(observations, back, strict=True)
-        values = torch.tensor([modality.fidelity(o, b) for o, b in pairs])
+        z_NC = path.at(z0, eps_NC, torch.tensor(level / TIMESTEP_SCALE).to(z0))
+        pairs = zip(z_NC.split(lengths), found, strict=True)
+        back = decode(modality, [Latent(z_LC, p.grid) for z_LC, p in pairs], BATCH)
+        both = zip(observations, back, strict=True)
+        values = torch.tensor([modality.fidelity(o, b) for o, b in both])
         curve.append(Robustness(level, bootstrap(values)))
     return curve

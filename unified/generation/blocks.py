@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ from unified.flow.path import STRAIGHT, Path
 from unified.flow.solvers import integrate, repaint
 from unified.generation.guidance import GuidedVelocity, Settling, timesteps
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Latent
+from unified.latents.ragged import Latent
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
-from unified.randomness import generator
+from unified.randomness import noise
 from unified.sequence.layout import Layout, Segment, place
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import PackedBatch, Sample, latents_of, pack
 from unified.sequence.visibility import UNCONDITIONAL, Visibility, closure
 
 
@@ -225,12 +226,12 @@ class _Session:
 
     def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:
         """Fresh noise for all blocks, again and again; each request draws its own."""
-        seeds = [
-            generator(s.seed, self.task, self.target.kind, "repaint", s.position) for s in starts
-        ]
-        while True:
+        for again in count():
             drawn = [
-                torch.randn(s.noise.shape, generator=g) for s, g in zip(starts, seeds, strict=True)
+                noise(
+                    s.noise.shape, s.seed, self.task, self.target.kind, "repaint", s.position, again
+                )
+                for s in starts
             ]
             yield torch.cat(drawn).to(self.owner.device, self.owner.dtype)
 
@@ -288,9 +289,9 @@ class _Session:
         clock, position = self.origins[i]
         block = self.target.block
         grid = (block,) if block else request.grid
-        noise = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype)
+        eps = self._noise(i, math.prod(grid)).to(self.owner.device, self.owner.dtype)
         clock += at // block if block else 0
-        return _Start(request.seed, grid, clock, position + at, noise, self.latents[i][at:])
+        return _Start(request.seed, grid, clock, position + at, eps, self.latents[i][at:])
 
     def _noise(self, i: int, length: int) -> Tensor:
         """Initial noise [length, C] of the next block of request `i`."""
@@ -298,9 +299,8 @@ class _Session:
         if request.noise is not None:
             made = at - self.begun[i]
             return request.noise[made // (self.target.block or 1)]
-        seed = generator(request.seed, self.task, self.target.kind, at)
         channels = self.owner.prior.channels[self.target.modality]
-        return torch.randn(length, channels, generator=seed)
+        return noise((length, channels), request.seed, self.task, self.target.kind, at)
 
     def _batch(
         self,
@@ -310,7 +310,8 @@ class _Session:
     ) -> PackedBatch:
         owner = self.owner
         axes = owner.prior.config.axes
-        batch = pack(samples, {self.task: layout}, owner.visibility, None, axes).to(owner.device)
+        layouts = {self.task: layout}
+        batch = pack(samples, layouts, owner.visibility, None, axes).to(owner.device)
         # One request a row: rows never meet, so a row needs no identity that could change when
         # another one is dropped.
         at = replace(batch.coordinates, sample=batch.coordinates.sample.clamp(max=0))
@@ -318,7 +319,7 @@ class _Session:
         if values is None:
             return batch
         cast = [{k: v.to(owner.device, owner.dtype) for k, v in one.items()} for one in values]
-        return batch.with_latents(cast)
+        return batch.with_latents(latents_of(samples, layouts, cast))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def timesteps(prior: Prior, sampler: Sampler, like: Tensor) -> Timesteps:
     """All that `sampler` will ask of the network, 0 among them, for all blocks."""
     steps = schedule(sampler.num_steps, like, sampler.time_shift)
     rounded = round_timesteps(steps, sampler.round_timesteps)
-    return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like))
+    return Timesteps(prior, torch.cat([rounded, rounded.new_zeros(1)]).to(like).unique())
 
 
 #: rows -> their two batches; see `GuidedVelocity`
@@ -148,8 +148,7 @@ class GuidedVelocity:
         self, batch: PackedBatch, geometry: Geometry, z_NC: Tensor, t: Tensor
     ) -> tuple[Tensor, ...]:
         """The velocities [N, C] of each copy, by one pass of the prior."""
-        latents = [{self.kind: part} for part in z_NC.split(self.lengths)]
-        batch = batch.with_latents(latents)
+        batch = batch.with_latents({self.modality: z_NC})
         copies = batch.latents[self.modality].shape[0] // len(z_NC)
         rounded = round_timesteps(t, self.sampler.round_timesteps).to(batch.time_RL)
         batch = replace(batch, time_RL=self._times(batch, rounded, copies))

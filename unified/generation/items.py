@@ -21,11 +21,12 @@ from unified.config.schema import GenerationConfig
 from unified.flow.path import STRAIGHT, Path
 from unified.generation.blocks import Generator, Request
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Choice, Decoding, Latent, Modality, Posterior, Side, draw
+from unified.latents.modality import Choice, Decoding, Modality, Side, encode
+from unified.latents.ragged import Latent, Posteriors
 from unified.model.kernels.linear import generating
 from unified.model.precision import arithmetic
 from unified.model.prior import Prior
-from unified.randomness import derive, generator
+from unified.randomness import derive, noise
 from unified.sequence.task import Task
 
 #: strategies that fill the prompt up to whole blocks, so that no block is mixed
@@ -163,25 +164,24 @@ class Inference:
                 for kind, o in start.observations.items()
                 if self.layout[kind].modality == name
             ]
-            posteriors = modality.encode([o for _, _, o in found]) if found else []
+            posteriors = encode(modality, [o for _, _, o in found])
             for (i, kind, _), posterior in zip(found, posteriors, strict=True):
-                latent = self._given(posterior, settings, generator(seeds[i], "prefix", kind))
-                grid = starts[i].grid if kind == self.target.kind else None
-                encoded[i][kind] = (
-                    latent if grid is None else Latent(latent.values[: math.prod(grid)], grid)
-                )
+                values = self._given(posterior, settings, seeds[i], kind)
+                grid = (starts[i].grid if kind == self.target.kind else None) or posterior.grid
+                encoded[i][kind] = Latent(values[: math.prod(grid)], grid)
         return [
             Request(given, self._grid(wish, given, settings), seed, wish.noise)
             for wish, given, seed in zip(wishes, encoded, seeds, strict=True)
         ]
 
     def _given(
-        self, posterior: Posterior, settings: GenerationConfig, rng: torch.Generator
-    ) -> Latent:
-        """What is given, as a latent: the posterior's mean, or a sample of it."""
+        self, posterior: Posteriors, settings: GenerationConfig, seed: int, kind: str
+    ) -> Tensor:
+        """What is given, as latents [L, C]: the posterior's mean, or a sample of it."""
         if settings.prefix == "mean":
-            return posterior.mode
-        return posterior.sample(draw(posterior, rng))
+            return posterior.mean_NC
+        shape = (len(posterior.mean_NC), posterior.mean_NC.shape[1])
+        return posterior.sample(noise(shape, seed, "prefix", kind)).values
 
     def _grid(
         self, wish: Wish, given: Mapping[str, Latent], settings: GenerationConfig

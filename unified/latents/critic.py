@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from unified.latents.ragged import Ragged
+
 if TYPE_CHECKING:
     from unified.latents.modality import PluginConfig
 
@@ -37,12 +39,13 @@ class Critic(nn.Module, ABC):
         return 0
 
     @abstractmethod
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
         """Term -> number of positions its sum runs over, without running a network."""
 
     @abstractmethod
     def forward(self, originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Term -> sum, of items as the network sees them and what the decoder makes of them."""
+        """Term -> sum, of items as the network sees them and what the decoder makes of them: one
+        tensor [b, ...] for the items of each shape."""
 
     @abstractmethod
     def weights(self) -> dict[str, float]:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from unified.latents.ragged import Latent, Latents, Posteriors, Ragged, Runs
+from unified.randomness import ItemChance
 
 if TYPE_CHECKING:
     from unified.latents.critic import Critic
@@ -31,70 +34,12 @@ class PluginConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-@dataclass(frozen=True)
-class Latent:
-    """One encoded item: values [L, C], and the grid of L cells: ``(L,)`` for text, ``(h, w)``
-    for an image."""
-
-    values: Tensor
-    grid: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if math.prod(self.grid) != len(self.values):
-            raise ValueError(f"grid {self.grid} does not hold {len(self.values)} latents")
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A diagonal Gaussian q(z | x) over one item's latents, in normalised space.
-
-    `mean_LC` and `logvar_LC` are [L, C]; all reductions below sum over L and C (nats).
-    """
-
-    mean_LC: Tensor
-    logvar_LC: Tensor
-    grid: tuple[int, ...]
-
-    @property
-    def mode(self) -> Latent:
-        return Latent(self.mean_LC, self.grid)
-
-    def to(self, device: torch.device) -> Posterior:
-        return Posterior(self.mean_LC.to(device), self.logvar_LC.to(device), self.grid)
-
-    def sample(self, noise_LC: Tensor) -> Latent:
-        """Reparameterised sample ``mean + std * noise``; the caller owns the noise and its seed."""
-        std = torch.exp(0.5 * self.logvar_LC)
-        return Latent(self.mean_LC + std * noise_LC.to(self.mean_LC), self.grid)
-
-    def log_prob(self, values_LC: Tensor) -> Tensor:
-        """log q(z | x) of `values_LC`, in nats."""
-        return self.log_density(values_LC).sum()
-
-    def log_density(self, values_LC: Tensor) -> Tensor:
-        """log q(z | x) of each latent, in nats: [L], or [K, L] of values [K, L, C]."""
-        squared = (values_LC - self.mean_LC) ** 2 * torch.exp(-self.logvar_LC)
-        return -0.5 * (squared + self.logvar_LC + math.log(2 * math.pi)).sum(-1)
-
-    def entropy(self) -> Tensor:
-        """-E_q[log q], the term that stage 2 weighs by beta (paper eq. 3.18)."""
-        return 0.5 * (self.logvar_LC + math.log(2 * math.pi * math.e)).sum()
-
-    def kl(self, other: Posterior | None = None) -> Tensor:
-        """KL(q || other); against the base prior N(0, I) when `other` is None (eq. 3.16)."""
-        if other is None:
-            squared, logvar = self.mean_LC**2, self.logvar_LC
-        else:
-            squared = (self.mean_LC - other.mean_LC) ** 2 * torch.exp(-other.logvar_LC)
-            logvar = self.logvar_LC - other.logvar_LC
-        return 0.5 * (squared + torch.exp(logvar) - 1 - logvar).sum()
-
-
 #: what a sample holds of an item: its observation, or the posterior that a frozen autoencoder made
 #: of it and somebody stored
-Observed = Tensor | Posterior
+Observed = Tensor | Posteriors
 
 Side = Literal["left", "right", "lead"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,14 +64,15 @@ class Decoding:
         An item that is left out of `ids` once has ended and does not come back.
         """
         del ids
-        return self.modality.decode(latents)
+        return decode(self.modality, latents)
 
 
 class Modality(nn.Module, ABC):
     """Base class of a modality plugin (``modalities/NAME/``; see ``docs/add_a_modality.md``).
 
-    `generators` arguments hold one CPU generator per observation, so that what is drawn for an
-    example does not depend on the batch it came in.
+    Networks see many items at once, sorted by shape, as the few tensors of a `Ragged`; see
+    `unified.latents.ragged`. What is drawn for an item is keyed by the item (`ItemChance`), so that
+    it does not depend on the batch it came in.
     """
 
     Config: ClassVar[type[PluginConfig]]
@@ -217,12 +163,21 @@ class Modality(nn.Module, ABC):
     # rows, accumulation steps and ranks, they give the same number.
 
     @abstractmethod
-    def encode(self, observations: Sequence[Tensor]) -> list[Posterior]:
-        """One posterior per observation, in normalised space. Observations may differ in size."""
+    def encode(self, observations: Ragged) -> Posteriors:
+        """The posteriors of all observations, in normalised space and in their order."""
 
     @abstractmethod
-    def decode(self, latents: Sequence[Latent]) -> list[Tensor]:
-        """One observation per (normalised) latent; the most likely one where there is a choice."""
+    def decode(self, latents: Latents) -> Ragged:
+        """The observation of each (normalised) latent; the most likely one where there is a
+        choice."""
+
+    def collate(self, observations: Sequence[Tensor]) -> Ragged:
+        """Observations, sorted by shape, as one batch. Runs in a data worker."""
+        return Ragged.of(observations)
+
+    def grids(self, observations: Ragged) -> Runs:
+        """The runs of the grids that `observations` encode to."""
+        return tuple((len(group), self.grid(group[0])) for group in observations.groups())
 
     def decoding(
         self, choice: Choice, seeds: Sequence[int], starts: Sequence[int], block: int | None
@@ -273,7 +228,7 @@ class Modality(nn.Module, ABC):
         return {}
 
     @abstractmethod
-    def counts(self, observations: Sequence[Tensor]) -> dict[str, float]:
+    def counts(self, observations: Ragged) -> dict[str, float]:
         """Term -> number of positions its sum runs over, without running the network."""
 
     def close(self, observation: Tensor) -> Tensor:
@@ -291,41 +246,34 @@ class Modality(nn.Module, ABC):
         return torch.zeros(self.channels)
 
     @abstractmethod
-    def reconstruction(
-        self, observations: Sequence[Tensor], latents: Sequence[Latent]
-    ) -> dict[str, Tensor]:
+    def reconstruction(self, observations: Ragged, latents: Latents) -> dict[str, Tensor]:
         """-log p(x | z) of the observations given their latents (eq. 3.15), as sums by term."""
 
     def judged(
-        self, observations: Sequence[Tensor], latents: Sequence[Latent], critics: Sequence[Critic]
+        self, observations: Ragged, latents: Latents, critics: Sequence[Critic]
     ) -> dict[str, Tensor]:
         """`reconstruction`, and the terms of `critics` on the same decoded items."""
         del critics  # there are none, unless the class names some
         return self.reconstruction(observations, latents)
 
-    def masking(
-        self, observations: Sequence[Tensor], generators: Sequence[torch.Generator]
-    ) -> dict[str, Tensor]:
+    def masking(self, observations: Ragged, chance: ItemChance) -> dict[str, Tensor]:
         """The BERT-style loss of eq. 3.16, where the modality has one, as a sum by term."""
-        del observations, generators
+        del observations, chance
         return {}
 
     def loss(
-        self,
-        observations: Sequence[Tensor],
-        generators: Sequence[torch.Generator],
-        critics: Sequence[Critic] = (),
+        self, observations: Ragged, chance: ItemChance, critics: Sequence[Critic] = ()
     ) -> dict[str, Tensor]:
         """The autoencoder's own objective (eq. 3.16): unweighted sums by term; see `weights`.
 
         The terms of `critics` come on top.
         """
         posteriors = self.encode(observations)
-        latents = [p.sample(draw(p, g)) for p, g in zip(posteriors, generators, strict=True)]
+        latents = posteriors.sample(chance.normal("posterior", self.channels))
         return {
             **self.judged(observations, latents, critics),
-            "kl": torch.stack([p.kl() for p in posteriors]).sum(),
-            **self.masking(observations, generators),
+            "kl": posteriors.kl(),
+            **self.masking(observations, chance),
         }
 
     @abstractmethod
@@ -333,7 +281,7 @@ class Modality(nn.Module, ABC):
         """The factor of each term: ``kl`` is beta, ``mask`` is lambda_mask of eq. 3.16."""
 
     @abstractmethod
-    def fit_statistics(self, observations: Sequence[Tensor]) -> None:
+    def fit_statistics(self, observations: Ragged) -> None:
         """Set the latent statistics (shift and scale, stored with the weights) from data."""
 
     # ---- making, files -------------------------------------------------------------------------
@@ -359,7 +307,7 @@ class Modality(nn.Module, ABC):
 
 def grid_of(modality: Modality, observed: Observed) -> tuple[int, ...]:
     """The grid of an observation's latents."""
-    return observed.grid if isinstance(observed, Posterior) else modality.grid(observed)
+    return observed.grid if isinstance(observed, Posteriors) else modality.grid(observed)
 
 
 def unencoded(observed: Iterable[Observed]) -> list[Tensor]:
@@ -374,14 +322,49 @@ def unencoded(observed: Iterable[Observed]) -> list[Tensor]:
     return tensors
 
 
-def posteriors_of(modality: Modality, observed: Sequence[Observed]) -> list[Posterior]:
-    """The posteriors of all, encoded at once where they are not stored."""
-    tensors = [o for o in observed if isinstance(o, Tensor)]
-    encoded = iter(modality.encode(tensors) if tensors else [])
+# ---- things that come one by one, in the order in which they come --------------------------------
+# Generation, evaluation and samples have lists; this is their one way through an autoencoder.
+
+
+def by_shape(shapes: Sequence[tuple[int, ...]]) -> list[int]:
+    """The places of items, sorted by their shapes; of one shape, in their order."""
+    return sorted(range(len(shapes)), key=lambda i: shapes[i])
+
+
+def encode(
+    modality: Modality, observed: Sequence[Observed], at_once: int | None = None
+) -> list[Posteriors]:
+    """The posterior of each, on the modality's device; `at_once` of them go through the network
+    together (None: all). What is stored is not encoded again."""
     device = next(modality.parameters()).device
-    return [o.to(device) if isinstance(o, Posterior) else next(encoded) for o in observed]
+    found = {i: o.to(device) for i, o in enumerate(observed) if isinstance(o, Posteriors)}
+    rest = [(i, o) for i, o in enumerate(observed) if isinstance(o, Tensor)]
+    for part in _parts(rest, at_once):
+        part = [part[i] for i in by_shape([tuple(o.shape) for _, o in part])]
+        batch = modality.collate([o for _, o in part]).to(device)
+        found |= zip((i for i, _ in part), modality.encode(batch).items(), strict=True)
+    return [found[i] for i in range(len(observed))]
 
 
-def draw(posterior: Posterior, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the posterior's shape, on the CPU, from `generator`."""
-    return torch.randn(posterior.mean_LC.shape, generator=generator)
+def modes(posteriors: Iterable[Posteriors]) -> list[Latent]:
+    """The mean of each posterior of one item."""
+    return [Latent(p.mean_NC, p.grid) for p in posteriors]
+
+
+def decode(
+    modality: Modality, latents: Sequence[Latent], at_once: int | None = None
+) -> list[Tensor]:
+    """The observation of each latent, on the CPU; `at_once` of them go through the network
+    together (None: all)."""
+    device = next(modality.parameters()).device
+    found: dict[int, Tensor] = {}
+    for part in _parts(list(enumerate(latents)), at_once):
+        part = [part[i] for i in by_shape([z.grid for _, z in part])]
+        batch = Latents.of([z for _, z in part]).to(device)
+        found |= zip((i for i, _ in part), modality.decode(batch).to("cpu").items(), strict=True)
+    return [found[i] for i in range(len(latents))]
+
+
+def _parts(items: list[T], size: int | None) -> Iterator[list[T]]:
+    size = size or max(len(items), 1)
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -32,13 +32,14 @@ import torch
 from torch import Tensor
 
 from unified.config.schema import DensityConfig
-from unified.latents.modality import Latent, Modality
+from unified.latents.modality import Modality, encode
+from unified.latents.ragged import Latent
 from unified.likelihood.bounds import Estimate, Estimator, estimate
 from unified.likelihood.cnf import log_density
 from unified.model.prior import Prior
-from unified.randomness import derive, generator
+from unified.randomness import derive, generator, noise
 from unified.sequence.layout import Layout
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import NoisyPlaces, PackedBatch, Sample, pack
 from unified.sequence.visibility import Visibility
 
 
@@ -127,14 +128,12 @@ class Scorer:
         closed_T = ids_T if whole else self.modality.close(ids_T)
         filled_T = self.modality.pad(closed_T, self.block, "right")
         with torch.no_grad():
-            (posterior,) = self.modality.encode([filled_T])
-        noise = [generator(seed, "posterior", k) for k in range(samples)]
-        shape = posterior.mean_LC.shape
-        z_KLC = torch.stack(
-            [posterior.sample(torch.randn(shape, generator=g)).values for g in noise]
-        )
+            (posterior,) = encode(self.modality, [filled_T])
+        length, channels = posterior.mean_NC.shape
+        drawn = [noise((length, channels), seed, "posterior", k) for k in range(samples)]
+        z_KLC = torch.stack([posterior.sample(eps_LC).values for eps_LC in drawn])
         held = known // self.modality.symbols
-        free_L = torch.arange(shape[0]) >= held
+        free_L = torch.arange(length) >= held
         first = held // self.block
         log_q_KL = posterior.log_density(z_KLC) + self._jacobian()
         with torch.no_grad():
@@ -180,10 +179,9 @@ class Noisy:
         rule = Visibility({"score": scorer.layout.sees})
         rows = [Sample("score", {scorer.target: (length,)})] * samples
         batch = pack(rows, layouts, rule, None, scorer.prior.config.axes).to(z_KLC.device)
-        self.batch: PackedBatch = batch.with_latents([{scorer.target: z} for z in z_KLC])
+        self.batch: PackedBatch = batch.with_latents({scorer.name: z_KLC.flatten(0, 1)})
         self.clean_NC = self.batch.latents[scorer.name]
-        twins = [torch.arange(s.start, s.stop) for s in batch.spans if s.segment.copies]
-        self.twins = torch.cat(twins).to(z_KLC.device)
+        self.twins = NoisyPlaces(*batch.noisy[scorer.name]).at
         self.free = free_L.to(z_KLC).repeat(samples)
 
     def __call__(self, z_GD: Tensor, t: Tensor) -> Tensor:

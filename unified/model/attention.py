@@ -94,7 +94,8 @@ def see(
         raise ValueError(f"unknown attention backend {backend!r}; choose one of {BACKENDS}")
     if backend == "sdpa":
         mask_RQS = visibility.dense(query, key)
-        if mask_RQS.all():
+        # in training nothing waits for the device, and packing says what is open
+        if not torch.is_grad_enabled() and mask_RQS.all():
             return Seen()
         if mask_RQS.shape[1] < TILED or mask_RQS.device.type != "cpu":
             return Seen(dense=mask_RQS[:, None])

@@ -64,14 +64,14 @@ class Timesteps:
     Passes that share an instance, as the steps of a sampler do, compute their modulation once.
     """
 
-    def __init__(self, prior: Prior, times: Tensor):
-        self.t_T = times.unique()
+    def __init__(self, prior: Prior, t_T: Tensor):
+        self.t_T = t_T
         self._c_TW = F.silu(prior.timestep(self.t_T))
         self._made: dict[nn.Module, Tensor] = {}
 
     def index(self, times: Tensor) -> Tensor:
-        """The place of each of `times` [...] among the distinct ones, flat; a single number if all
-        of them are one, expanded."""
+        """The place of each of `times` [...] among the distinct ones, which are sorted, flat; a
+        single number if all of them are one, expanded."""
         if not any(times.stride()):
             times = times.flatten()[:1]
         return torch.searchsorted(self.t_T, times).flatten()
@@ -279,18 +279,15 @@ class Prior(nn.Module):
     def geometry(self, batch: PackedBatch, cache: KVCache | None = None) -> Geometry:
         """Where the positions of `batch` are, behind what is committed to `cache`."""
         keys = cache.keys(batch.coordinates) if cache is not None else batch.coordinates
-        rows, length = batch.shape
         turns = rotary_turns(batch.pos_RLA, self.config.rope_dim, self.config.head_dim)
         weight = self.timestep.proj_in.weight
         return Geometry(
             shape=batch.shape,
-            where={
-                m: slice(None) if in_order(w, rows * length) else w for m, w in batch.where.items()
-            },
+            where={m: slice(None) if m == batch.alone else w for m, w in batch.where.items()},
             turns=wide(turns.to(weight.dtype)),
-            seen=see(
-                batch.visibility, batch.coordinates, keys, self.attention, product_dtype(weight)
-            ),
+            seen=Seen()
+            if batch.open and cache is None
+            else see(batch.rules, batch.coordinates, keys, self.attention, product_dtype(weight)),
         )
 
     def commit(self, batch: PackedBatch, cache: KVCache, times: Timesteps | None = None) -> None:
@@ -308,8 +305,7 @@ class Prior(nn.Module):
     ) -> tuple[Tensor, Context]:
         """All blocks: features [R * L, W] and the context they were computed in."""
         at = geometry or self.geometry(batch, cache)
-        times = times or Timesteps(self, batch.time_RL)
-        index = times.index(batch.time_RL)
+        times, index = self._timesteps(batch, times)
         context = Context(
             at,
             {m: index if index.numel() == 1 else index[at.where[m]] for m in batch.latents},
@@ -329,6 +325,14 @@ class Prior(nn.Module):
             watch(number, {SHARED: x_NW})
         return x_NW, context
 
+    def _timesteps(self, batch: PackedBatch, times: Timesteps | None) -> tuple[Timesteps, Tensor]:
+        """The distinct timesteps, and the place of each position's among them, flat."""
+        if times is None and batch.timesteps is not None:
+            t_T, index_RL = batch.timesteps
+            return Timesteps(self, t_T), index_RL.flatten()
+        times = times or Timesteps(self, batch.time_RL.unique())
+        return times, times.index(batch.time_RL)
+
     def _through(
         self, block: nn.Module, x: dict[str, Tensor], context: Context
     ) -> dict[str, Tensor]:
@@ -336,11 +340,6 @@ class Prior(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(block, x, context, use_reentrant=False)
         return block(x, context)
-
-
-def in_order(where_N: Tensor, positions: int) -> bool:
-    """Whether `where_N` is 0, 1, ... up to all `positions`."""
-    return torch.equal(where_N, torch.arange(positions, device=where_N.device))
 
 
 def gather_rows(parts: Mapping[str, Tensor], at: Geometry) -> Tensor:

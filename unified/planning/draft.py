@@ -12,6 +12,7 @@ import torch
 
 from unified.config.plugins import build_path, build_tasks, validate_plugins
 from unified.config.schema import Config, StageConfig
+from unified.data.batches import Items
 from unified.data.streams import Prepared
 from unified.errors import did_you_mean
 from unified.latents.modality import Modality
@@ -21,6 +22,7 @@ from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
 from unified.planning.memory import Memory, forward_only, imagined_step, optimizer_state, per_device
 from unified.planning.plan import Example, Plan, Request
+from unified.randomness import Chance
 from unified.training.loop import planned_steps
 from unified.training.objectives.joint import JointObjective
 
@@ -177,11 +179,13 @@ class Draft:
 
     def autoencoder(self, name: str, grid: tuple[int, ...]) -> tuple[int, int]:
         """Forward FLOPs of one item: all, and those of them that gradients flow through."""
-        modality, items = self.modalities[name], [self.blank(name, grid)]
-        encode = forward_flops(lambda: modality.encode(items))
+        modality, blank = self.modalities[name], self.blank(name, grid)
+        item = Items.of(modality, [blank], [0])[0]
+        observations = modality.collate([blank])
+        encode = forward_flops(lambda: modality.encode(observations))
         if name not in self.objective.learning:
             return encode, 0
-        own = forward_flops(lambda: modality.loss(items, [torch.Generator()]))
+        own = forward_flops(lambda: modality.loss(observations, item.chance(Chance(0))))
         return own + encode * (name in self.objective.references), own
 
     # ---- memory --------------------------------------------------------------------------------
@@ -191,15 +195,17 @@ class Draft:
         in a microbatch."""
         precision, ema = self.precision, self.config.training.ema is not None
         state = optimizer_state(self.objective, self.trust_remote_code)
-        plans = {name: self.objective.plan(self.microbatch(name), 0) for name in self.tasks}
-        heaviest = next(iter(plans))
-        if len(plans) > 1:
-            heaviest = max(plans, key=lambda n: forward_only(self.objective, plans[n], precision))
+        batches = {name: self.objective.collate(self.microbatch(name), 0) for name in self.tasks}
+        heaviest = next(iter(batches))
+        if len(batches) > 1:
+            heaviest = max(
+                batches, key=lambda n: forward_only(self.objective, batches[n], precision)
+            )
         found = {}
         for checkpointed in (False, True):
             if checkpointed:
                 recompute(self.prior)
-            step = imagined_step(self.objective, plans[heaviest], precision)
+            step = imagined_step(self.objective, batches[heaviest], precision)
             for sharded in (False, True):
                 found[sharded, checkpointed] = per_device(
                     self.objective, step, ema, state, self.request.gpus, sharded

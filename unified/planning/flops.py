@@ -81,19 +81,14 @@ def layout_flops(
 def timesteps(batch: PackedBatch) -> int:
     """Distinct timesteps that `batch` has in training: one per noise group, and 0 if there is
     anything clean."""
-    groups, clean = 0, 0
-    for span in batch.spans:
-        if span.segment.noise == "clean":
-            clean = 1
-        elif span.stop > span.start:
-            groups += int(span.block.max()) + 1 if span.segment.noise == "block" else 1
-    return groups + clean
+    clean = (batch.coordinates.sample >= 0) & (batch.group_RL == 0)
+    return batch.groups.shape[1] + int(clean.any())
 
 
 def visible_pairs(batch: PackedBatch) -> int:
     """How many (query, key) pairs of `batch` see each other, counted by block."""
     fields = ("sample", "table", "kind", "block")
-    at, visibility = batch.coordinates.to("cpu"), batch.visibility.to("cpu")
+    at, visibility = batch.coordinates.to("cpu"), batch.rules.to("cpu")
     rows = torch.stack([getattr(at, f) for f in fields])
     pairs = 0
     for row_4L in rows.unbind(1):

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from unified.latents.modality import Latent, Modality
+from unified.latents.modality import Modality, decode
+from unified.latents.ragged import Latent
 from unified.model import attention
 from unified.model.kernels.linear import COUNTED
 from unified.model.kernels.tiles import Tile
@@ -46,7 +47,7 @@ def observation(modality: Modality, grid: tuple[int, ...]) -> Tensor:
     parameter = next(modality.parameters())
     values = parameter.new_empty(torch.Size(grid).numel(), modality.channels)
     with torch.no_grad(), Attention():
-        (shape,) = modality.decode([Latent(values, grid)])
+        (shape,) = decode(modality, [Latent(values, grid)])
     return torch.zeros(tuple(shape.shape), dtype=shape.dtype)
 
 

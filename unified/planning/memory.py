@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from unified.planning.imagined import DEVICE, Attention, Ledger, numbers
-from unified.training.objectives.joint import JointObjective, JointPlan
+from unified.training.objectives.joint import JointBatch, JointObjective
 from unified.training.optim import build_optimizer, hidden_matrices, learning_groups, make_state
 
 FLOAT32 = 4
@@ -59,23 +59,27 @@ class Memory:
         return sum(asdict(self).values())
 
 
-def forward_only(objective: JointObjective, plan: JointPlan, precision: str) -> int:
+def forward_only(objective: JointObjective, batch: JointBatch, precision: str) -> int:
     """Bytes that the forward pass of one microbatch leaves alive, on imagined modules."""
-    return _run(objective, plan, precision, Attention(), backward=False).saved
+    return _run(objective, batch, precision, Attention(), backward=False).saved
 
 
 def imagined_step(
-    objective: JointObjective, plan: JointPlan, precision: str, keeps_mask: bool = False
+    objective: JointObjective, batch: JointBatch, precision: str, keeps_mask: bool = False
 ) -> Step:
     """One microbatch forward and backward, on imagined modules whose gradients are there already.
 
     `keeps_mask` is how attention works on the CPU; see `Attention`.
     """
-    return _run(objective, plan, precision, Attention(keeps_mask), backward=True)
+    return _run(objective, batch, precision, Attention(keeps_mask), backward=True)
 
 
 def _run(
-    objective: JointObjective, plan: JointPlan, precision: str, attention: Attention, backward: bool
+    objective: JointObjective,
+    batch: JointBatch,
+    precision: str,
+    attention: Attention,
+    backward: bool,
 ) -> Step:
     learners = [p for group in objective.groups().values() for p in group]
     for parameter in learners if backward else ():
@@ -86,7 +90,7 @@ def _run(
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
     with attention, ledger:
         with autocast:
-            losses = list(objective(plan).values())
+            losses = list(objective(batch).values())
         saved = ledger.alive
         if backward:
             torch.stack(losses).sum().backward()

@@ -1,4 +1,15 @@
-"""Layouts: the typed segments of a task, who sees whom, and where each latent stands."""
+"""Layouts: the typed segments of a task, who sees whom, and where each latent stands.
+
+Two rules fix the integers of every position:
+
+* *Blocks* are one clock per sample: a segment starts at the block after the last one so far, a
+  segment without a block length is one block, and a twin has the blocks of what it copies.
+* *Positions* are integers per axis. A segment starts at s, the first integer above all positions
+  so far; text sits on the diagonal (s+i, s+i, s+i), an image at (s, s+y, s+x): a grid fills the
+  last axes and is constant on the others. A twin has the positions of what it copies.
+
+Shape legend: L positions of a segment, A axes.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +106,12 @@ class Layout:
         return kinds, blocks, visible(table, kinds, blocks)
 
 
+def modality_names(layouts: Mapping[str, Layout]) -> tuple[str, ...]:
+    """The modalities of some layouts, in the order in which they first appear: their numbers."""
+    found = (s.modality for layout in layouts.values() for s in layout.segments)
+    return tuple(dict.fromkeys(found))
+
+
 @dataclass(frozen=True)
 class Placed:
     """One segment of one sample: its blocks [L] and positions [L, A]."""
@@ -154,14 +171,15 @@ def place(
     return list(placed.values())
 
 
-def needed(placed: Sequence[Placed], table: str, visibility: Visibility) -> list[Placed]:
+def needed(
+    placed: Sequence[Placed], table: str, visibility: Visibility
+) -> tuple[list[Placed], bool]:
     """`placed` without the clean blocks that no noisy position sees, through any number of layers:
     no loss depends on them. (The last block of a clean text is one, where only its own twin and
-    what comes after it would see it.) All of it, where nothing is noisy."""
+    what comes after it would see it.) All of it, where nothing is noisy. And whether what is left
+    sees all of itself."""
     keys = [(i, int(b)) for i, p in enumerate(placed) for b in p.blocks.unique()]
     noisy = torch.tensor([placed[i].segment.noise != "clean" for i, _ in keys])
-    if not noisy.any():
-        return list(placed)
     one = torch.zeros(1, len(keys), dtype=torch.int64)
     kinds = [visibility.kind_index[placed[i].segment.kind] for i, _ in keys]
     group = Coordinates(
@@ -171,7 +189,10 @@ def needed(placed: Sequence[Placed], table: str, visibility: Visibility) -> list
         block=torch.tensor([[b for _, b in keys]]),
     )
     seen, reached = visibility.dense(group)[0], noisy
+    if not noisy.any():
+        return list(placed), bool(seen.all())
     while not torch.equal(more := reached | seen[reached].any(0), reached):
         reached = more
     kept = {key for key, r in zip(keys, reached.tolist(), strict=True) if r}
-    return [p.only([(i, int(b)) in kept for b in p.blocks]) for i, p in enumerate(placed)]
+    left = [p.only([(i, int(b)) in kept for b in p.blocks]) for i, p in enumerate(placed)]
+    return left, bool(seen[reached][:, reached].all())

@@ -121,11 +121,18 @@ class Visibility:
         )
         # contiguous, since a compiled mask_mod cannot read a strided view
         self.lo_TKK, self.hi_TKK = (b.contiguous() for b in bounds.unbind(-1))
+        self._moved: dict[torch.device, Visibility] = {}
 
     def to(self, device: torch.device | str) -> Visibility:
-        moved = copy(self)
-        moved.lo_TKK, moved.hi_TKK = self.lo_TKK.to(device), self.hi_TKK.to(device)
-        return moved
+        """The same on `device`; the tables are moved there once."""
+        device = torch.device(device)
+        if self.lo_TKK.device == device:
+            return self
+        if device not in self._moved:
+            moved = copy(self)
+            moved.lo_TKK, moved.hi_TKK = self.lo_TKK.to(device), self.hi_TKK.to(device)
+            self._moved[device] = moved
+        return self._moved[device]
 
     def dense(self, query: Coordinates, key: Coordinates | None = None) -> Tensor:
         """Boolean mask [R, Q, S]: True where a query position sees a key position."""

@@ -34,11 +34,11 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the parameters. Those at rest (no gradient required) keep their average."""
-        rate = 1 - self.decay(step)
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad:
-                shadow = self.shadow[name]
-                shadow.lerp_(parameter.to(shadow.dtype), rate)
+        moving = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        shadows = [self.shadow[name] for name in moving]
+        values = [p.to(s.dtype) for p, s in zip(moving.values(), shadows, strict=True)]
+        if shadows:
+            torch._foreach_lerp_(shadows, values, 1 - self.decay(step))
 
     @torch.no_grad()
     def copy_to_parameters(self) -> None:

@@ -7,8 +7,10 @@ The loss of a step is
     sum_k  weight_k * (sum of S_k over microbatches, rows and ranks) / (sum of N_k over the same)
 
 so it does not depend on how a batch is split into accumulation steps and processes (beyond the
-order of floating-point additions). Of the W * A microbatches of W processes and A accumulation
-steps, microbatch a of rank r takes the examples with ``slot % (W * A) == a * W + r``.
+order of floating-point additions).
+
+The device runs ahead: a step is launched before the numbers of the one before have arrived. A loss
+or gradient that is not finite is therefore met one step late, but always before anything is saved.
 
 Global random draws inside a forward (a plugin's dropout) are seeded from the step, so nothing of a
 generator has to be stored to continue a run exactly.
@@ -20,9 +22,10 @@ import contextlib
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +35,13 @@ from torch import Tensor
 from unified.config.schema import StageConfig, TrainingConfig
 from unified.data.prefetch import prefetch
 from unified.errors import StoppedError
+from unified.latents.tensors import map_tensors, moved
 from unified.randomness import derive
-from unified.training import checkpoint
-from unified.training import divergence as trend
+from unified.training import checkpoint, divergence
 from unified.training.ema import EMA
 from unified.training.folder import RunFolder
 from unified.training.metrics import Metrics, Speed, memory_gb, say
-from unified.training.objectives.objective import Objective, Plan
+from unified.training.objectives.objective import Objective
 from unified.training.optim import (
     build_optimizer,
     hidden_matrices,
@@ -56,14 +59,18 @@ from unified.training.parallel import (
     from_main,
     gathered,
     is_sharded,
-    over_ranks,
+    summed,
 )
 from unified.training.saver import Saver
 from unified.training.stopping import on_sigterm
-from unified.training.work import Batches, Tally, Work, add, averages, share, total
+from unified.training.work import Batches, Outcome, Tally, Work, add, on_device, over_all, total
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+#: steps whose numbers the host has not waited for when the next one begins
+AHEAD = 1
 
 
 class DivergedError(ValueError):
@@ -150,8 +157,16 @@ class Loop:
         self.metrics = Metrics(
             stage.folder.metrics, stage.config.name, stage.steps, accelerator, stage.first
         )
-        self.speed, self.bad = Speed(self.trained.progress.seconds), stage.data.bad
-        self.asked_to_stop = False
+        self.speed, self.met = (
+            Speed(self.trained.progress.seconds),
+            (
+                stage.data.bad,
+                stage.data.truncated,
+            ),
+        )
+        self.asked_to_stop = self.stop = False
+        #: outcomes of steps that have not been looked at yet
+        self.coming: deque[Outcome] = deque()
 
     def _resume(self) -> checkpoint.Trained:
         """The stage's state, at its newest checkpoint or at its beginning."""
@@ -189,9 +204,10 @@ class Loop:
             began = time.monotonic()
             for prepared in work:
                 self.speed.waited += time.monotonic() - began
-                values = self.step(progress.step, prepared)
+                self.coming.append(self.step(progress.step, prepared))
                 progress.step += 1
                 progress.data = prepared.data
+                values = self._settle(self._ahead())
                 progress.seconds += time.monotonic() - began
                 self.metrics.advance()
                 self._between(values)
@@ -202,128 +218,143 @@ class Loop:
     def _ask_to_stop(self) -> None:
         self.asked_to_stop = True
 
+    def _ahead(self) -> int:
+        """Of how many steps the numbers may still be on their way: of none, before something is
+        saved, measured or reported."""
+        training, alone = self.stage.training, self.accelerator.num_processes == 1
+        every = (training.log_every, training.validate_every, training.sample_every)
+        waits = any(self._due(n) for n in (*every, training.save_every))
+        return 0 if waits or (alone and self.asked_to_stop) else AHEAD
+
     def _between(self, values: Mapping[str, float]) -> None:
         """What is due after a step."""
         training, step = self.stage.training, self.trained.progress.step
         if self._due(training.log_every):
             self._report(values)
         best = self._due(training.validate_every) and self._validate()
-        if training.sample_every is not None and self._due(training.sample_every):
+        if self._due(training.sample_every):
             self._sample()
-        stop = bool(self.tally.stop)
-        if best or stop or self._due(training.save_every):
+        if best or self.stop or self._due(training.save_every):
+            self._settle(0)
             self._save()
-        if stop and step < self.stage.steps:
+        if self.stop and step < self.stage.steps:
             self.saver.wait()
             raise StoppedError(
                 f"stopped at step {step} of {self.stage.config.name}, as asked by SIGTERM; the same"
                 " command continues"
             )
 
-    def _due(self, every: int) -> bool:
+    def _due(self, every: int | None) -> bool:
         """Whether something that happens `every` so many steps, and at the end, happens now."""
         step = self.trained.progress.step
-        return step % every == 0 or step == self.stage.steps
+        return every is not None and (step % every == 0 or step == self.stage.steps)
 
     # ---- one step ------------------------------------------------------------------------------
 
     def _prepare(self, step: int) -> Work:
-        """Read and plan this rank's part of a step, without network or device."""
-        batch = self.stage.data.batch(step)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        plans = [
-            self.stage.objective.plan(share(batch, a * world + rank, self.parts), step)
-            for a in range(self.stage.config.accumulate)
-        ]
-        terms = sorted(self.stage.objective.weights(step))
-        used, laid = (sum(p.positions[i] for p in plans) for i in (0, 1))
-        bad, self.bad = self.stage.data.bad - self.bad, self.stage.data.bad
-        cut = float(sum(example.truncated for example in batch))
-        tally = Tally(add((p.counts for p in plans), terms), used, laid, float(bad), cut)
-        return Work(plans, tally, self.stage.data.state_dict())
+        """This process's microbatches of a step, and what is counted in them. No network, and no
+        device but to pin memory for it."""
+        data = self.stage.data
+        parts = list(data.batch(step))
+        if self.accelerator.device.type != "cpu":
+            parts = [map_tensors(part, Tensor.pin_memory) for part in parts]
+        counts = add((p.counts for p in parts), sorted(self.stage.objective.weights(step)))
+        used, laid = (sum(p.positions[i] for p in parts) for i in (0, 1))
+        met, self.met = self.met, (data.bad, data.truncated)
+        bad, truncated = (float(now - then) for now, then in zip(self.met, met, strict=True))
+        return Work(parts, counts, Tally(used, laid, bad, truncated), data.state_dict())
 
-    def step(self, step: int, work: Work) -> dict[str, float]:
-        """One optimizer step (from 0); the values to report."""
+    def step(self, step: int, work: Work) -> Outcome:
+        """One optimizer step (from 0). Nothing in it waits for the device."""
         stage, accelerator, settings = self.stage, self.accelerator, self.stage.config.optimizer
         torch.manual_seed(derive(stage.seed, stage.config.name, step, accelerator.process_index))
         set_learning(self.groups.get("vae", ()), vae_learns(step, stage.config.interval))
         weights = stage.objective.weights(step)
-        self.tally = replace(work.tally, stop=float(self.asked_to_stop)).over(accelerator)
-        counts = dict(zip(sorted(weights), self.tally.counts, strict=True))
-        losses = averages(self._backward(work.plans, weights, counts), counts)
-        loss = total(losses, weights)
-        self._check({**losses, "loss": loss})
-        self._check_growth(losses, weights)
+        terms = sorted(weights)
+        numbers = over_all(work, terms, self.asked_to_stop, accelerator)
+        counts_K = numbers[: len(terms)]
+        weights_K = on_device([weights[term] for term in terms], accelerator.device)
+        # processes average their gradients where the loss is a sum, hence their number
+        factors_K = accelerator.num_processes * weights_K / counts_K.clamp(min=1) * (counts_K > 0)
+        sums_K = self._backward(work.parts, terms, factors_K)
         norm = clip(self.learners, settings.clip_grad_norm)
-        self._check({"grad_norm": norm})
         lr = learning_rate(step, stage.config.steps, settings)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.trained.ema is not None:
             self.trained.ema.update(step)
-        self._count()
-        terms = {f"loss/{term}": value for term, value in losses.items()}
         rates = {"lr": lr} | {
             f"lr/{n}": lr * ratio(n, settings) for n in self.groups if n != "main"
         }
-        return {"loss": loss, **terms, **rates, "grad_norm": norm}
+        sums_K = summed(sums_K, accelerator)
+        everything = torch.cat([sums_K, numbers, norm.to(numbers).view(1)])
+        return Outcome.of(step, weights, rates, everything)
 
-    def _count(self) -> None:
-        """Add what this step went through to the totals."""
-        progress, tally = self.trained.progress, self.tally
+    def _backward(self, parts: Sequence[Any], terms: Sequence[str], factors_K: Tensor) -> Tensor:
+        """Gradients of the loss; returns the sums [K] of each term over all microbatches. Processes
+        meet in the last microbatch only."""
+        device, sums_K = self.accelerator.device, torch.zeros_like(factors_K)
+        for index, part in enumerate(parts):
+            batch = moved(part, device)
+            last = index + 1 == len(parts)
+            with nullcontext() if last else apart(self.model), self.accelerator.autocast():
+                losses = self.model(batch)
+                some = [losses.get(term, factors_K.new_zeros(())) for term in terms]
+                part_K = torch.stack([loss.to(factors_K.dtype) for loss in some])
+                self.accelerator.backward((factors_K * part_K).sum())
+            sums_K += part_K.detach()
+        return sums_K
+
+    def _settle(self, ahead: int) -> dict[str, float]:
+        """Look at the numbers of all steps but the last `ahead`; the values of the newest of them,
+        to report. DivergedError for what is not finite: nothing of it has been saved."""
+        values: dict[str, float] = {}
+        while len(self.coming) > ahead:
+            outcome = self.coming.popleft()
+            losses, tally, norm = outcome.read()
+            loss = total(losses, outcome.weights)
+            self._check(outcome.step, {**losses, "loss": loss, "grad_norm": norm})
+            self._check_growth(outcome, losses)
+            self._count(tally)
+            terms = {f"loss/{term}": value for term, value in losses.items()}
+            values = {"loss": loss, **terms, **outcome.rates, "grad_norm": norm}
+        return values
+
+    def _count(self, tally: Tally) -> None:
+        """Add what a step went through to the totals."""
+        progress = self.trained.progress
         progress.bad += int(tally.bad)
         progress.truncated += int(tally.truncated)
+        self.stop = self.stop or bool(tally.stop)
         self.speed.used += tally.used
         self.speed.laid += tally.laid
         self.speed.examples += self.stage.config.batch_size
 
-    def _backward(
-        self, plans: list[Plan], weights: Mapping[str, float], counts: Mapping[str, float]
-    ) -> list[float]:
-        """Gradients of the loss; returns the sums of each term over all microbatches and ranks.
-
-        Processes average their gradients where the loss is a sum, hence the factor. They meet in
-        the last microbatch only.
-        """
-        factors = {
-            k: self.accelerator.num_processes * weights[k] / n for k, n in counts.items() if n
-        }
-        sums: dict[str, Tensor] = {}
-        for index, plan in enumerate(plans):
-            last = index + 1 == len(plans)
-            with nullcontext() if last else apart(self.model), self.accelerator.autocast():
-                losses = self.model(plan)
-                parts = [factors[term] * losses[term] for term in losses if term in factors]
-                self.accelerator.backward(torch.stack(parts).sum())
-            for term, loss in losses.items():
-                sums[term] = sums[term] + loss.detach() if term in sums else loss.detach()
-        local = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-        return over_ranks(add([local], list(counts)), self.accelerator)
-
-    def _check(self, values: Mapping[str, float]) -> None:
-        """DivergedError for a value that is not finite, before it reaches any weight."""
+    def _check(self, step: int, values: Mapping[str, float]) -> None:
+        """DivergedError for a value that is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise self._diverged(f"{name} is {value}")
+                raise self._diverged(step, f"{name} is {value}")
 
-    def _check_growth(self, losses: Mapping[str, float], weights: Mapping[str, float]) -> None:
+    def _check_growth(self, outcome: Outcome, losses: Mapping[str, float]) -> None:
         """DivergedError once the loss has grown to many times what it was at first."""
-        progress, most = self.trained.progress, self.stage.training.divergence
-        trend.follow(progress.trend, progress.step, losses, weights)
-        grown = trend.growth(progress.trend)
+        trend, most = self.trained.progress.trend, self.stage.training.divergence
+        divergence.follow(trend, outcome.step, losses, outcome.weights)
+        grown = divergence.growth(trend)
         if most is not None and grown > most - 1:
             raise self._diverged(
+                outcome.step,
                 f"the running mean of the loss has grown to {grown + 1:.3g} times what it was, more"
-                f" than training.divergence {most:g}"
+                f" than training.divergence {most:g}",
             )
 
-    def _diverged(self, what: str) -> DivergedError:
+    def _diverged(self, step: int, what: str) -> DivergedError:
         stage = self.stage.config.name
         last = checkpoint.newest(self.stage.folder.checkpoints, stage)
         return DivergedError(
-            f"stage {stage}, step {self.trained.progress.step + 1}: {what}; the last good"
-            f" checkpoint is {last or 'none'}; a lower optimizer.lr or a longer warmup may help"
+            f"stage {stage}, step {step + 1}: {what}; the last good checkpoint is"
+            f" {last or 'none'}; a lower optimizer.lr or a longer warmup may help"
         )
 
     # ---- between steps -------------------------------------------------------------------------

@@ -108,19 +108,26 @@ def gathered(model: nn.Module) -> Iterator[None]:
         model.reshard()
 
 
-def clip(parameters: Sequence[nn.Parameter], most: float) -> float:
-    """Scale the gradients down to norm `most`; the norm before, over all processes."""
+def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients down to norm `most`; the norm before, over all processes. Nothing waits
+    for it."""
     norm = nn.utils.clip_grad_norm_(parameters, most)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def summed(numbers: Tensor, accelerator: Accelerator) -> Tensor:
+    """`numbers` added up over the processes."""
+    if accelerator.num_processes > 1:
+        dist.all_reduce(numbers)
+    return numbers
 
 
 def over_ranks(values: Sequence[float], accelerator: Accelerator) -> list[float]:
-    """`values` added up over the processes."""
+    """`values` added up over the processes, and waited for."""
     if accelerator.num_processes == 1:
         return list(values)
-    summed = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    dist.all_reduce(summed)
-    return [float(value) for value in summed.tolist()]
+    numbers = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return [float(value) for value in summed(numbers, accelerator).tolist()]
 
 
 def from_main(value: Any) -> Any:

@@ -207,7 +207,11 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             config.training,
             objective,
             materials.mixture(
-                stage.batch_size, stage.name, accelerator.process_index, accelerator.num_processes
+                stage.batch_size,
+                stage.name,
+                accelerator.process_index,
+                accelerator.num_processes,
+                collate=objective.collate,
             ),
             folder,
             config.run.seed,

@@ -17,7 +17,8 @@ from unified.config.schema import GenerationConfig
 from unified.data.streams import Prepared
 from unified.generation.blocks import Generator, Request
 from unified.generation.sampler import Sampler
-from unified.latents.modality import Latent, Modality, posteriors_of
+from unified.latents.modality import Modality, decode, encode, modes
+from unified.latents.ragged import Latent
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
 from unified.sequence.layout import Layout
@@ -28,8 +29,8 @@ SAMPLES, PAIRS = 4, 8
 
 def reconstruct(modality: Modality, observations: Sequence[Tensor]) -> list[Any]:
     """The items that the autoencoder gives back."""
-    latents = [posterior.mode for posterior in modality.encode(observations)]
-    return [modality.realise(o) for o in modality.decode(latents)]
+    latents = modes(encode(modality, observations))
+    return [modality.realise(o) for o in decode(modality, latents)]
 
 
 def write_reconstructions(
@@ -60,7 +61,7 @@ def generate(
     sampler = Sampler.of(config)
     latents = Generator(pipeline.prior, layouts, pipeline.path).run(task, target, requests, sampler)
     modality = pipeline.modalities[layout[target].modality]
-    return [modality.realise(o) for o in modality.decode(latents)]
+    return [modality.realise(o) for o in decode(modality, latents)]
 
 
 def encoded(
@@ -68,7 +69,7 @@ def encoded(
 ) -> dict[str, Latent]:
     """Kind -> latent of an example."""
     return {
-        kind: posteriors_of(modalities[layout[kind].modality], [observation])[0].mode
+        kind: modes(encode(modalities[layout[kind].modality], [observation]))[0]
         for kind, observation in example.observations.items()
     }
 

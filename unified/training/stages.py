@@ -18,22 +18,22 @@ from torch import Tensor
 
 from unified.config.plugins import critic_plugins, modality_plugins
 from unified.config.schema import Config, StageConfig
+from unified.data.batches import Collate
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
-from unified.data.mixture import Feed, Mixture
+from unified.data.mixture import Feed, Mixture, as_list
 from unified.data.source import Source, access_of
 from unified.data.stored import LATENTS
 from unified.data.streams import ItemStream, Prepared, TaskStream
-from unified.latents.modality import unencoded
+from unified.latents.modality import by_shape, unencoded
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import derive
 from unified.training import samples
-from unified.training.measures import measured, own
 from unified.training.objectives.alignment import Alignment
 from unified.training.objectives.autoencoder import AutoencoderObjective
 from unified.training.objectives.joint import JointObjective
 from unified.training.objectives.objective import Objective
-from unified.training.validation import evaluate
+from unified.training.validation import Validation, measured, own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,6 +136,7 @@ class Materials:
         process: int = 0,
         processes: int = 1,
         workers: int | None = None,
+        collate: Collate = as_list,
     ) -> Mixture:
         """The training data of one of several processes, in an order that depends on `purpose`."""
         data = self.config.data
@@ -149,6 +150,8 @@ class Materials:
             process=process,
             processes=processes,
             workers=data.workers if workers is None else workers,
+            collate=collate,
+            parts=1 if collate is as_list else self.stage.accumulate,
         )
 
     @cached_property
@@ -174,17 +177,17 @@ class Materials:
     ) -> Callable[[int], dict[str, float]] | None:
         """The named values of a validation: losses over the held-out examples, in an autoencoder
         stage the modality's own measures, and ``training.metrics``. None if there is nothing."""
-        batches, fixed = self.validation(), objective.for_validation()
-        metrics, trust = self.config.training.metrics, self.trust_remote_code
+        batches, metrics = self.validation(), self.config.training.metrics
         if not batches and not metrics:
             return None
+        losses_of = Validation(objective.for_validation(), batches, accelerator)
 
         def validate(step: int) -> dict[str, float]:
-            values = evaluate(fixed, batches, accelerator) if batches else {}
+            values = losses_of() if batches else {}
             if batches and self.stage.modality is not None:
                 modality = self.pipeline.modalities[self.stage.modality]
                 values |= measured(modality, batches, accelerator)
-            return values | own(metrics, self.pipeline, step, values, trust)
+            return values | own(metrics, self.pipeline, step, values, self.trust_remote_code)
 
         return validate
 
@@ -213,7 +216,7 @@ class Materials:
             return
         observations: dict[str, list[Tensor]] = {}
         kept: set[str] = set()
-        drawn = self.mixture(STATISTICS_EXAMPLES, "statistics", workers=0).batch(0)
+        (drawn,) = self.mixture(STATISTICS_EXAMPLES, "statistics", workers=0).batch(0)
         for example in drawn:
             layout = self.pipeline.tasks[example.stream].layout
             for kind, observation in example.observations.items():
@@ -222,7 +225,10 @@ class Materials:
                 else:  # stored latents were made with the statistics that there are
                     kept.add(layout[kind].modality)
         for name in (names & observations.keys()) - kept:
-            self.pipeline.modalities[name].eval().fit_statistics(observations[name])
+            modality, found = self.pipeline.modalities[name].eval(), observations[name]
+            order = by_shape([tuple(o.shape) for o in found])
+            batch = modality.collate([found[i] for i in order])
+            modality.fit_statistics(batch.to(next(modality.parameters()).device))
 
 
 def _autoencoder(

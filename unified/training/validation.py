@@ -1,62 +1,131 @@
-"""The losses of held-out examples."""
+"""What validation measures: the losses of held-out examples, an autoencoder's own measures, and
+what functions of one's own give (``training.metrics``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unified.config.registry import trusted
+from unified.data.streams import Prepared
+from unified.latents.modality import Modality, decode, encode, modes, unencoded
+from unified.latents.tensors import moved
+from unified.pipeline import UnifiedPipeline
 from unified.training.objectives.objective import Objective
 from unified.training.parallel import over_ranks
-from unified.training.work import add, averages, share, total
+from unified.training.work import add, total
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+#: stream -> batches of held-out examples
+HeldOut = Mapping[str, Sequence[Sequence[Prepared]]]
+
+
+class Validation:
+    """The losses of an objective over held-out examples. They are collated once, and the draws are
+    those of steps 0, 1, ...: the same ones at every evaluation. Each batch is shared among the
+    processes."""
+
+    def __init__(self, objective: Objective, streams: HeldOut, accelerator: Accelerator):
+        self.objective, self.accelerator = objective, accelerator
+        self.parts = {
+            name: [self._part(batch, index) for index, batch in enumerate(batches)]
+            for name, batches in streams.items()
+        }
+
+    def _part(self, batch: Sequence[Prepared], index: int) -> tuple[bool, Any]:
+        """This process's share, collated, and whether it counts: without one of its own, a process
+        keeps the others company."""
+        mine = share(batch, self.accelerator)
+        return bool(mine), self.objective.collate(mine or batch[:1], index)
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """``loss`` and the average of each term over the batches of all streams, and of each
+        stream (``STREAM/TERM``)."""
+        weights = self.objective.weights(0)
+        found = {name: self._sums(parts, sorted(weights)) for name, parts in self.parts.items()}
+        means = {name: self._means(*both) for name, both in found.items()}
+        everything = [
+            {term: sum(part[i][term] for part in found.values()) for term in weights}
+            for i in (0, 1)
+        ]
+        means[""] = self._means(*everything)
+        overall = means.pop("")
+        each = {f"{name}/{term}": v for name, mean in means.items() for term, v in mean.items()}
+        return {"loss": total(overall, weights), **overall, **each}
+
+    @staticmethod
+    def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+        return {term: sums[term] / n for term, n in counts.items() if n}
+
+    def _sums(
+        self, parts: Sequence[tuple[bool, Any]], terms: Sequence[str]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Sums and counts of each term, over all processes."""
+        sums: list[dict[str, float]] = []
+        counts = []
+        for counted, batch in parts:
+            losses = self.objective(moved(batch, self.accelerator.device))
+            if counted:
+                sums.append({term: float(loss) for term, loss in losses.items()})
+                counts.append(batch.counts)
+        both = [list(add(x, terms).values()) for x in (sums, counts)]
+        first, second = (over_ranks(values, self.accelerator) for values in both)
+        return dict(zip(terms, first, strict=True)), dict(zip(terms, second, strict=True))
+
+
+def share(batch: Sequence[Prepared], accelerator: Accelerator) -> list[Prepared]:
+    """This process's part of a batch."""
+    return [e for e in batch if e.slot % accelerator.num_processes == accelerator.process_index]
+
 
 @torch.no_grad()
-def evaluate(
-    objective: Objective,
-    streams: Mapping[str, Sequence[Sequence[Any]]],
-    accelerator: Accelerator,
+def measured(modality: Modality, streams: HeldOut, accelerator: Accelerator) -> dict[str, float]:
+    """The modality's `measures`, averaged over the items of all batches; each item is decoded from
+    the mean of its posterior. The batches are shared among the processes."""
+    if not modality.measures:
+        return {}
+    sums, count = dict.fromkeys(modality.measures, 0.0), 0.0
+    for batch in (share(batch, accelerator) for batches in streams.values() for batch in batches):
+        observations = unencoded(o for example in batch for o in example.observations.values())
+        back = decode(modality, modes(encode(modality, observations)))
+        for observation, decoded in zip(observations, back, strict=True):
+            found = modality.measure(observation, decoded)
+            sums = {name: total + found[name] for name, total in sums.items()}
+            count += 1
+    *totals, items = over_ranks([*sums.values(), count], accelerator)
+    return {name: total / items for name, total in zip(sums, totals, strict=True)}
+
+
+def own(
+    paths: Sequence[str],
+    pipeline: UnifiedPipeline,
+    step: int,
+    taken: Container[str] = (),
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
-    """``loss`` and the average of each term over the batches of all `streams`, and of each stream
-    (``STREAM/TERM``); every batch is shared among the processes.
-
-    The draws are those of steps 0, 1, ...: the same ones at every evaluation.
-    """
-    weights = objective.weights(0)
-    terms = sorted(weights)
-    found = {
-        name: [over_ranks(part, accelerator) for part in _sums(objective, batches, accelerator)]
-        for name, batches in streams.items()
-    }
-    everything = [
-        [sum(column) for column in zip(*part, strict=True)]
-        for part in zip(*found.values(), strict=True)
-    ]
-    means = {
-        name: averages(sums, dict(zip(terms, counts, strict=True)))
-        for name, (sums, counts) in {**found, "": everything}.items()
-    }
-    overall = means.pop("")
-    each = {f"{name}/{term}": v for name, mean in means.items() for term, v in mean.items()}
-    return {"loss": total(overall, weights), **overall, **each}
-
-
-def _sums(
-    objective: Objective, batches: Sequence[Sequence[Any]], accelerator: Accelerator
-) -> tuple[list[float], list[float]]:
-    """This process's sums and counts of each term, over its share of `batches`."""
-    terms = sorted(objective.weights(0))
-    sums, counts = [0.0] * len(terms), [0.0] * len(terms)
-    for index, batch in enumerate(batches):
-        mine = share(batch, accelerator.process_index, accelerator.num_processes)
-        plan = objective.plan(mine or batch[:1], index)
-        losses = {term: float(loss) for term, loss in objective(plan).items()}
-        if not mine:  # without a part of its own, a process keeps the others company
-            continue
-        sums = [a + b for a, b in zip(sums, add([losses], terms), strict=True)]
-        counts = [a + b for a, b in zip(counts, add([plan.counts], terms), strict=True)]
-    return sums, counts
+    """What the functions at `paths` give, each called with the pipeline and the number of finished
+    steps. ValueError for what is no mapping of names to numbers, and for a name that is taken."""
+    found: dict[str, float] = {}
+    for path in paths:
+        values = trusted("metric", path, trust_remote_code)(pipeline, step)
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"the metric {path!r} should return names and numbers, found {values!r}"
+            )
+        for name, value in values.items():
+            if name in taken or name in found:
+                raise ValueError(
+                    f"the metric {path!r} returns {name}, which validation already has"
+                )
+            try:
+                found[str(name)] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the metric {path!r} returns {value!r} as {name}, which should be a number"
+                ) from None
+    return found

@@ -1,4 +1,9 @@
-"""The work of a step before its first forward, and how sums over it become averages."""
+"""The work of a step before its first forward, and what comes of it.
+
+The device runs ahead of the host: no step waits for its own losses. They are copied to the host
+behind the step's kernels, and looked at when the next step is on its way, or before anything is
+saved, validated or reported.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +11,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unified.training.objectives.objective import Plan
-from unified.training.parallel import over_ranks
+import torch
+from torch import Tensor
+
+from unified.data.batches import Batch
+from unified.training.parallel import summed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Slotted(Protocol):
-    """An example that knows its place in the global batch."""
-
-    @property
-    def slot(self) -> int: ...
-
-    @property
-    def truncated(self) -> bool: ...
-
-
 class Batches(Protocol):
-    """The data: of the global batch of each step, in order, this process's part at least. `bad`
-    counts the bad examples it met."""
+    """The data: this process's microbatches of each step, in order. `bad` and `truncated` count
+    the examples that it met and that were so."""
 
     bad: int
+    truncated: int
 
-    def batch(self, step: int) -> Sequence[Slotted]: ...
+    def batch(self, step: int) -> Sequence[Batch]: ...
 
     def close(self) -> None: ...
 
@@ -39,54 +38,96 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step needs before its first forward: this rank's microbatches, what it counted in them
-    (`Tally`), and the state of the data after them. Made ahead of time, in a thread."""
-
-    plans: list[Plan]
-    tally: Tally
-    data: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Tally:
-    """Numbers of a step that processes add up before it runs: positions by loss term, positions
-    that hold a latent and all of them, examples that were bad and that were truncated, and how many
-    processes were asked to stop."""
+    """Numbers of a step that processes add up: positions that hold a latent and all of them,
+    examples that were bad and that were truncated, and how many processes were asked to stop."""
 
-    counts: list[float]
     used: float
     laid: float
     bad: float
     truncated: float
     stop: float = 0.0
 
-    def over(self, accelerator: Accelerator) -> Tally:
-        """Added up over the processes."""
-        rest = [self.used, self.laid, self.bad, self.truncated, self.stop]
-        summed = over_ranks([*self.counts, *rest], accelerator)
-        return Tally(summed[: len(self.counts)], *summed[len(self.counts) :])
+    @property
+    def numbers(self) -> list[float]:
+        return [self.used, self.laid, self.bad, self.truncated, self.stop]
 
 
-def share(examples: Sequence[Any], part: int, parts: int) -> list[Any]:
-    """The examples of microbatch `part` of `parts`."""
-    return [example for example in examples if example.slot % parts == part]
+@dataclass(frozen=True)
+class Work:
+    """What a step needs before its first forward: this process's microbatches, the positions of
+    each loss term in them, and the state of the data after them. Made ahead of time, in a
+    thread."""
+
+    parts: list[Any]
+    counts: dict[str, float]
+    tally: Tally
+    data: dict[str, Any]
 
 
-def add(counts: Iterable[Mapping[str, float]], terms: Sequence[str]) -> list[float]:
-    """Counts (or sums) by term, added up; ValueError for a term that has no weight."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step: sums of the terms, their counts, the tally and the gradient's norm, over
+    all processes and microbatches, on their way to the host."""
+
+    step: int
+    terms: tuple[str, ...]
+    weights: Mapping[str, float]
+    rates: Mapping[str, float]
+    numbers: Tensor
+    arrived: Any
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        weights: Mapping[str, float],
+        rates: Mapping[str, float],
+        numbers: Tensor,
+    ) -> Outcome:
+        """Begin to copy `numbers` to the host, behind what the device is about to do."""
+        if numbers.device.type == "cpu":
+            return cls(step, tuple(sorted(weights)), weights, rates, numbers, None)
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+        host.copy_(numbers, non_blocking=True)
+        arrived = torch.Event(device=numbers.device)
+        arrived.record()
+        return cls(step, tuple(sorted(weights)), weights, rates, host, arrived)
+
+    def read(self) -> tuple[dict[str, float], Tally, float]:
+        """The average of each term that has positions, the tally, and the gradient's norm; waits
+        until they are here."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        found = self.numbers.tolist()
+        k = len(self.terms)
+        sums, counts, (*tally, norm) = found[:k], found[k : 2 * k], found[2 * k :]
+        parts = zip(self.terms, sums, counts, strict=True)
+        return {term: s / n for term, s, n in parts if n}, Tally(*tally), norm
+
+
+def over_all(work: Work, terms: Sequence[str], stop: bool, accelerator: Accelerator) -> Tensor:
+    """Counts of the terms and the tally [K + 5], over all processes, on the device."""
+    numbers = [work.counts[term] for term in terms] + work.tally.numbers
+    numbers[-1] = float(stop)
+    return summed(on_device(numbers, accelerator.device), accelerator)
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Plain numbers on the device, in float64 where it has that; nothing waits for them."""
+    tensor = torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def add(counts: Iterable[Mapping[str, float]], terms: Sequence[str]) -> dict[str, float]:
+    """Counts by term, added up; ValueError for a term that has no weight."""
     total = dict.fromkeys(terms, 0.0)
     for part in counts:
         for term, value in part.items():
             if term not in total:
                 raise ValueError(f"loss term {term} has no weight; there are {sorted(terms)}")
             total[term] += float(value)
-    return [total[term] for term in terms]
-
-
-def averages(sums: Sequence[float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Term -> sum / count, for the terms that have positions."""
-    return {k: s / n for (k, n), s in zip(counts.items(), sums, strict=True) if n}
+    return total
 
 
 def total(losses: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -27,7 +27,9 @@ from unified.data.source import Source
 from unified.data.stored import LATENTS, fingerprint, phased, to_bytes
 from unified.data.streams import TaskStream
 from unified.data.tools.pack import write_shard
-from unified.latents.modality import Modality, Posterior
+from unified.latents.modality import Modality
+from unified.latents.modality import encode as encode_all
+from unified.latents.ragged import Posteriors
 from unified.latents.weights import write_text
 from unified.pipeline import UnifiedPipeline
 from unified.training.run import without_statistics
@@ -146,9 +148,9 @@ def observed(stream: TaskStream, example: Example) -> dict[str, torch.Tensor]:
 
 def together(
     stream: TaskStream, observations: Sequence[dict[str, torch.Tensor]]
-) -> list[dict[str, Posterior]]:
+) -> list[dict[str, Posteriors]]:
     """The posteriors of several examples, each modality's encoded at once."""
-    found: list[dict[str, Posterior]] = [{} for _ in observations]
+    found: list[dict[str, Posteriors]] = [{} for _ in observations]
     for name in dict.fromkeys(stream.kinds.values()):
         modality: Modality = stream.modalities[name]
         places = [
@@ -158,7 +160,7 @@ def together(
             if stream.kinds[kind.partition("@")[0]] == name
         ]
         if places:
-            posteriors = modality.encode([observations[i][kind] for i, kind in places])
+            posteriors = encode_all(modality, [observations[i][kind] for i, kind in places])
             for (i, kind), posterior in zip(places, posteriors, strict=True):
                 found[i][kind] = posterior
     return found

@@ -1,8 +1,8 @@
-"""What an autoencoder's stage minimises (eq. 3.16)."""
+"""What an autoencoder's stage minimises: reconstruction + beta KL + lambda_mask masking (eq. 3.16),
+and what the stage's critics make of the reconstructions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,41 +10,49 @@ import torch
 from torch import Tensor, nn
 
 from unified.config.schema import StageConfig
+from unified.data.batches import Items
 from unified.data.streams import Prepared
 from unified.latents.critic import Critic
-from unified.latents.modality import (
-    Modality,
-    unencoded,
-)
-from unified.randomness import generator
+from unified.latents.modality import Modality, unencoded
+from unified.latents.ragged import numbers
+from unified.randomness import Chance
+from unified.sequence.packing import SEGMENTS
 from unified.training.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """The generators of one step: one per example, keyed by what it is for."""
+class AutoencoderBatch:
+    """The items of one microbatch; `critics` are those that have joined in."""
 
-    seed: int
-    stage: str
-    step: int
-
-    def each(self, examples: Sequence[Prepared], purpose: str) -> list[torch.Generator]:
-        return [generator(self.seed, self.stage, self.step, e.slot, purpose) for e in examples]
-
-
-@dataclass(frozen=True)
-class AutoencoderPlan:
-    observations: list[Tensor]
-    generators: list[torch.Generator]
-    #: those that have joined in
+    items: Items
+    step: Tensor
     critics: list[str]
     counts: dict[str, float]
     positions: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class AutoencoderCollate:
+    """Examples of one modality to their batch."""
+
+    modality: Modality
+    critics: Mapping[str, Critic]
+
+    def __call__(self, examples: Sequence[Prepared], step: int) -> AutoencoderBatch:
+        observed = [o for e in examples for o in e.observations.values()]
+        keys = [SEGMENTS * e.slot + k for e in examples for k in range(len(e.observations))]
+        items, _ = Items.of(self.modality, unencoded(observed), keys)
+        joined = [name for name, critic in self.critics.items() if critic.start <= step]
+        observations = items.whole("an autoencoder trains on the items themselves")
+        counts = self.modality.counts(observations)
+        for name in joined:
+            counts |= self.critics[name].counts(observations)
+        latents = float(numbers(self.modality.grids(observations)))
+        return AutoencoderBatch(items, torch.tensor(step), joined, counts, (latents, latents))
+
+
 class AutoencoderObjective(Objective):
-    """One modality's own stage: reconstruction + beta KL + lambda_mask masking (eq. 3.16), and
-    what the stage's critics make of the reconstructions."""
+    """One modality's own stage."""
 
     def __init__(
         self,
@@ -56,25 +64,19 @@ class AutoencoderObjective(Objective):
         super().__init__()
         self.modality, self.stage, self.seed = modality, stage, seed
         self.critics = nn.ModuleDict(critics or {})
+        self.collate = AutoencoderCollate(modality, critics or {})
 
     def critic(self, name: str) -> Critic:
         critic = self.critics[name]
         assert isinstance(critic, Critic)
         return critic
 
-    def plan(self, examples: Sequence[Prepared], step: int) -> AutoencoderPlan:
-        observations = unencoded(o for e in examples for o in e.observations.values())
-        generators = Seeds(self.seed, self.stage.name, step).each(examples, "autoencoder")
-        critics = [name for name in self.critics if self.critic(name).start <= step]
-        latents = float(sum(math.prod(self.modality.grid(o)) for o in observations))
-        counts = self.modality.counts(observations)
-        for name in critics:
-            counts |= self.critic(name).counts(observations)
-        return AutoencoderPlan(observations, generators, critics, counts, (latents, latents))
-
-    def forward(self, plan: AutoencoderPlan) -> dict[str, Tensor]:
-        critics = [self.critic(name) for name in plan.critics]
-        return self.modality.loss(plan.observations, plan.generators, critics)
+    def forward(self, batch: AutoencoderBatch) -> dict[str, Tensor]:
+        critics = [self.critic(name) for name in batch.critics]
+        chance = batch.items.chance(Chance(self.seed, self.stage.name, batch.step))
+        observations = batch.items.observations
+        assert observations is not None
+        return self.modality.loss(observations, chance, critics)
 
     def weights(self, step: int) -> dict[str, float]:
         """The KL's rises to beta over the first ``loss.kl_warmup_steps``."""

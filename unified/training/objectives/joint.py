@@ -1,71 +1,118 @@
-"""What a stage minimises: the autoencoder's objective (eq. 3.16) or the joint one (eq. 3.18).
-
-An objective splits a step in two. `plan` runs on the CPU without any network: it draws all chance,
-from generators keyed by (seed, stage, step, slot), and counts the positions of every loss term.
-`forward` then gives *sums* over positions. Because the counts are known first, the loop can add
-them up over accumulation steps and ranks before the first backward pass, and every split of a
-batch gives the same loss.
-"""
+"""What a joint stage minimises (eq. 3.18): flow matching over all tasks, and the rest of the
+equation where the autoencoders train along."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from unified.config.schema import FlowConfig, StageConfig
+from unified.data.batches import Items
 from unified.data.streams import Prepared
-from unified.flow.matching import Draws, FlowMatching
+from unified.flow.matching import FlowMatching
 from unified.flow.path import Path
-from unified.latents.modality import (
-    Latent,
-    Modality,
-    Observed,
-    Posterior,
-    draw,
-    grid_of,
-    posteriors_of,
-    unencoded,
-)
+from unified.latents.modality import Modality, Observed, grid_of
+from unified.latents.ragged import Latents, Posteriors
 from unified.model.prior import Prior
+from unified.randomness import Chance, ItemChance
 from unified.sequence.layout import Layout
-from unified.sequence.packing import PackedBatch, Sample, pack
+from unified.sequence.packing import SEGMENTS, PackedBatch, Packer, Sample
 from unified.sequence.visibility import Visibility
-from unified.training.objectives.alignment import Alignment
-from unified.training.objectives.autoencoder import Seeds, autoencoder_weights
+from unified.training.objectives.alignment import Aligned, Alignment
+from unified.training.objectives.autoencoder import autoencoder_weights
 from unified.training.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """Rows still without latents, the items whose latents they will hold, and what the alignment
+    looks at, if there is one."""
+
+    rows: PackedBatch
+    items: dict[str, Items]
+    step: Tensor
+    counts: dict[str, float]
+    aligned: Aligned | None = None
+
+    @property
+    def positions(self) -> tuple[float, float]:
+        return self.rows.positions
+
+
+@dataclass
+class JointCollate:
+    """Examples of any tasks to rows. Terms of the autoencoders in `learning` are counted too, and
+    again under the names of `references`."""
+
+    modalities: Mapping[str, Modality]
+    packer: Packer
+    flow: FlowMatching
+    chance: Chance
+    learning: set[str] = field(default_factory=set)
+    references: set[str] = field(default_factory=set)
+    aligned: str | None = None
+
+    def __call__(self, examples: Sequence[Prepared], step: int) -> JointBatch:
+        chance = replace(self.chance, step=step)
+        items, order = {}, {}
+        for m, modality in self.modalities.items():
+            found = self._observed(examples, m)
+            if found:
+                keys = [key for _, _, key, _ in found]
+                items[m], at = Items.of(modality, [o for *_, o in found], keys)
+                order[m] = [found[k][:2] for k in at]
+        samples = [Sample(e.stream, self._grids(e)) for e in examples]
+        rows = self.packer(samples, order, [e.slot for e in examples])
+        rows = self.flow.keep_beginnings(rows, chance)
+        counts = FlowMatching.counts(rows) | self._own_counts(items)
+        aligned = None if self.aligned is None else Aligned.of(self.aligned, rows, items)
+        counts |= {} if aligned is None else aligned.counts
+        return JointBatch(rows, items, torch.tensor(step), counts, aligned)
+
+    def _observed(
+        self, examples: Sequence[Prepared], m: str
+    ) -> list[tuple[int, str, int, Observed]]:
+        """(example, kind, whose chance, observation) of everything of modality `m`."""
+        found = []
+        for i, e in enumerate(examples):
+            layout = self.packer.layouts[e.stream]
+            for place, segment in enumerate(layout.segments):
+                if segment.modality == m and segment.kind in e.observations:
+                    key = SEGMENTS * e.slot + place
+                    found.append((i, segment.kind, key, e.observations[segment.kind]))
+        return found
+
+    def _grids(self, example: Prepared) -> dict[str, tuple[int, ...]]:
+        layout = self.packer.layouts[example.stream]
+        return {
+            kind: grid_of(self.modalities[layout[kind].modality], o)
+            for kind, o in example.observations.items()
+        }
+
+    def _own_counts(self, items: Mapping[str, Items]) -> dict[str, float]:
+        """Positions of the terms of the autoencoders that learn."""
+        counts: dict[str, float] = {}
+        for m in sorted(self.learning & items.keys()):
+            observations = items[m].whole(
+                f"stage {self.chance.stage} trains the {m} autoencoder, which stored latents have"
+                " done without: set optimizer.vae_lr_ratio to 0, or train from the items"
+            )
+            own = self.modalities[m].counts(observations)
+            own["entropy"] = own.pop("kl")
+            if m in self.references:
+                own["ref"] = own["entropy"]
+            counts |= {f"{m}/{term}": n for term, n in own.items()}
+        return counts
 
 
 def nothing(parameters: Iterable[nn.Parameter]) -> Tensor:
     """0, with gradients of 0: what a process adds that has nothing of a kind, where others do."""
     learners = [p.sum() for p in parameters if p.requires_grad]
     return 0.0 * torch.stack(learners).sum() if learners else torch.zeros(())
-
-
-def flow_loss(
-    velocities: Mapping[str, Tensor], targets: Mapping[str, Tensor], draws: Mapping[str, Draws]
-) -> dict[str, Tensor]:
-    """The sums of the flow loss; of a modality that is absent, the sum of no velocities."""
-    absent = {f"flow/{m}": v.sum() for m, v in velocities.items() if m not in draws}
-    return absent | FlowMatching.loss(velocities, targets, draws)
-
-
-@dataclass(frozen=True)
-class JointPlan:
-    """A packed batch still without latents, and everything chance decides about it."""
-
-    examples: Sequence[Prepared]
-    batch: PackedBatch
-    draws: dict[str, Draws]
-    seeds: Seeds
-    counts: dict[str, float]
-
-    @property
-    def positions(self) -> tuple[float, float]:
-        return self.batch.positions
 
 
 class JointObjective(Objective):
@@ -96,118 +143,69 @@ class JointObjective(Objective):
         self.learning = {name for name, x in modalities.items() if learns and not x.frozen}
         for name, modality in modalities.items():
             modality.requires_grad_(name in self.learning)
-
-    # ---- before the network ----
-
-    def plan(self, examples: Sequence[Prepared], step: int) -> JointPlan:
-        seeds = Seeds(self.seed, self.stage.name, step)
-        samples = [Sample(e.stream, self._grids(e)) for e in examples]
-        axes = self.prior.config.axes
-        rows = self.stage.row_length
-        batch = pack(samples, self.layouts, self.visibility, rows, axes, training=True)
-        tasks = [e.stream for e in examples]
-        draws = self.flow.draw(batch, tasks, self.prior.channels, seeds.each(examples, "flow"))
-        counts = FlowMatching.counts(draws)
-        if self.alignment is not None:
-            counts |= self.alignment.counts(draws)
-        for m in sorted(self.learning):
-            observed = [o for _, _, o in self.observed(examples, m) if isinstance(o, Tensor)]
-            if len(observed) < len(self.observed(examples, m)):
-                raise ValueError(
-                    f"stage {self.stage.name} trains the {m} autoencoder, which stored latents have"
-                    " done without: set optimizer.vae_lr_ratio to 0, or train from the items"
-                )
-            counts |= {f"{m}/{term}": n for term, n in self.modality(m).counts(observed).items()}
-            counts |= {f"{m}/entropy": counts.pop(f"{m}/kl")}
-            if m in self.references:
-                counts[f"{m}/ref"] = counts[f"{m}/entropy"]
-        return JointPlan(examples, batch, draws, seeds, counts)
+        self.collate = JointCollate(
+            {name: self.modality(name) for name in modalities},
+            Packer(layouts, self.visibility, prior.config.axes, stage.row_length, training=True),
+            self.flow,
+            Chance(seed, stage.name),
+            self.learning,
+            set(self.references),
+            None if alignment is None else alignment.config.modality,
+        )
 
     def modality(self, name: str) -> Modality:
         found = self.modalities[name]
         assert isinstance(found, Modality)
         return found
 
-    def _grids(self, example: Prepared) -> dict[str, tuple[int, ...]]:
-        layout = self.layouts[example.stream]
-        return {
-            kind: grid_of(self.modality(layout[kind].modality), o)
-            for kind, o in example.observations.items()
-        }
-
-    def observed(self, examples: Sequence[Prepared], m: str) -> list[tuple[int, str, Observed]]:
-        """(example, kind, observation) of everything modality `m` has to encode."""
-        return [
-            (i, kind, o)
-            for i, e in enumerate(examples)
-            for kind, o in e.observations.items()
-            if self.layouts[e.stream][kind].modality == m
-        ]
-
-    # ---- with the network ----
-
-    def forward(self, plan: JointPlan) -> dict[str, Tensor]:
-        device = next(self.prior.parameters()).device
-        values: list[dict[str, Tensor]] = [{} for _ in plan.examples]
+    def forward(self, batch: JointBatch) -> dict[str, Tensor]:
+        chance = Chance(self.seed, self.stage.name, batch.step)
+        latents: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
         for m in self.modalities:
-            sums |= self._encode(m, plan, values)
-        draws = {m: d.to(device) for m, d in plan.draws.items()}
-        batch = plan.batch.to(device).with_latents(values)
-        noisy, targets = self.flow.corrupt(batch, draws)
+            if m in batch.items:
+                latents[m], own = self._encode(m, batch.items[m], chance)
+                sums |= own
+            elif m in self.learning:
+                sums[f"{m}/entropy"] = nothing(self.modality(m).parameters())
+        rows = batch.rows.under(self.visibility.to(batch.step.device)).with_latents(latents)
+        draws = self.flow.draw(rows, chance, self.prior.channels)
+        noisy, targets = self.flow.corrupt(rows, draws)
         noisy = noisy.with_streams(self.prior.channels)
         if self.alignment is None:
-            return sums | flow_loss(self.prior(noisy), targets, draws)
-        if self.alignment.term not in plan.counts:
-            sums[self.alignment.term] = nothing(self.alignment.parameters())
-            return sums | flow_loss(self.prior(noisy), targets, draws)
+            return sums | self.flow.loss(self.prior(noisy), targets)
         tap = self.alignment.tap()
-        sums |= flow_loss(self.prior(noisy, watch=tap), targets, draws)
-        grids = [self._grids(e) for e in plan.examples]
-        return sums | self.alignment.loss(tap, batch, draws, plan.examples, grids)
+        sums |= self.flow.loss(self.prior(noisy, watch=tap), targets)
+        return sums | self.alignment.loss(tap, rows, batch.items, batch.aligned)
 
-    def _encode(
-        self, m: str, plan: JointPlan, values: list[dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Latents of everything of modality `m` into `values`; its loss terms where it learns."""
-        modality, observed = self.modality(m), self.observed(plan.examples, m)
-        if not observed:
-            learning = m in self.learning
-            return {f"{m}/entropy": nothing(self.modality(m).parameters())} if learning else {}
+    def _encode(self, m: str, items: Items, chance: Chance) -> tuple[Tensor, dict[str, Tensor]]:
+        """The latents [*, C] of all items of modality `m`, and its loss terms where it learns."""
+        modality, own = self.modality(m), items.chance(chance)
         with nullcontext() if m in self.learning else torch.no_grad():
-            posteriors = posteriors_of(modality, [o for _, _, o in observed])
-        generators = plan.seeds.each(plan.examples, f"posterior/{m}")
-        latents = [
-            self._latent(p, generators[i])
-            for p, (i, _, _) in zip(posteriors, observed, strict=True)
-        ]
-        for latent, (i, kind, _) in zip(latents, observed, strict=True):
-            values[i][kind] = latent.values
+            posteriors = items.posteriors(modality)
+        latents = self._latents(posteriors, own)
         if m not in self.learning:
-            return {}
-        masks = plan.seeds.each([plan.examples[i] for i, _, _ in observed], f"mask/{m}")
-        observations = unencoded(o for _, _, o in observed)
+            return latents.values, {}
+        observations = items.whole(f"{m} learns from items")
         sums = modality.reconstruction(observations, latents)
-        sums |= modality.masking(observations, masks)
-        sums["entropy"] = -torch.stack([p.entropy() for p in posteriors]).sum()
+        sums |= modality.masking(observations, own)
+        sums["entropy"] = -posteriors.entropy()
         if m in self.references:
-            sums["ref"] = self._reference_kl(m, observations, posteriors)
-        return {f"{m}/{term}": value for term, value in sums.items()}
+            sums["ref"] = self._reference_kl(m, items, posteriors)
+        return latents.values, {f"{m}/{term}": value for term, value in sums.items()}
 
-    def _latent(self, posterior: Posterior, generator: torch.Generator) -> Latent:
+    def _latents(self, posteriors: Posteriors, own: ItemChance) -> Latents:
         if self.stage.posterior == "mean":
-            return posterior.mode
-        return posterior.sample(draw(posterior, generator))
+            return posteriors.mode
+        return posteriors.sample(own.normal("posterior", posteriors.mean_NC.shape[1]))
 
-    def _reference_kl(
-        self, m: str, observations: Sequence[Tensor], posteriors: Sequence[Posterior]
-    ) -> Tensor:
+    def _reference_kl(self, m: str, items: Items, posteriors: Posteriors) -> Tensor:
         """KL to the frozen reference encoder (the last term of eq. 3.18)."""
         reference = self.references[m]
         assert isinstance(reference, Modality)
         with torch.no_grad():
-            anchors = reference.encode(observations)
-        return torch.stack([p.kl(a) for p, a in zip(posteriors, anchors, strict=True)]).sum()
+            anchors = items.posteriors(reference)
+        return posteriors.kl(anchors)
 
     # ---- weights ----
 

@@ -1,35 +1,32 @@
-"""What the training loop knows of an objective: it can plan, and then sum."""
+"""What the training loop knows of an objective: it collates in a data worker, and then sums."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
-
-class Plan(Protocol):
-    """What an objective drew for some examples: `counts` is term -> number of positions of the
-    loss, `positions` how many hold a latent and how many there are, padding included."""
-
-    @property
-    def counts(self) -> Mapping[str, float]: ...
-
-    @property
-    def positions(self) -> tuple[float, float]: ...
+from unified.data.batches import Collate
 
 
 class Objective(nn.Module, ABC):
-    """What a stage minimises. Holds the modules of the stage, trained and frozen."""
+    """What a stage minimises. Holds the modules of the stage, trained and frozen.
+
+    A step is split in two. `collate` runs in a data worker, without any network: it makes a few
+    tensors of the examples, and counts the positions of every loss term. `forward` runs where the
+    networks are, draws all chance there (from counters keyed by seed, stage, step and item), and
+    gives *sums* over positions. Because the counts are known first, the loop can add them up over
+    accumulation steps and ranks before the first backward pass, and every split of a batch gives
+    the same loss.
+    """
+
+    #: makes a batch of examples
+    collate: Collate
 
     @abstractmethod
-    def plan(self, examples: Sequence[Any], step: int) -> Plan:
-        """Everything random about these examples at this step. Runs on the CPU, no network."""
-
-    @abstractmethod
-    def forward(self, plan: Any) -> dict[str, Tensor]:
-        """Term -> sum over positions (float32, differentiable)."""
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """Term -> sum over positions (float32, differentiable). `batch` is on the device."""
 
     @abstractmethod
     def weights(self, step: int) -> dict[str, float]:
