@@ -86,6 +86,7 @@ class Stage:
     averaged weights in place; the lowest ``loss`` among them marks the best checkpoint. Every
     `training.sample_every` steps `sample` writes into the folder it is given, and
     returns what it wrote, by name.
+    An optimizer may be a path to code with `trust_remote_code`.
     """
 
     config: StageConfig
