@@ -34,7 +34,7 @@ from unified.planning.draft import Draft
 from unified.planning.figures import PlanRequest
 from unified.planning.gpus import GPU
 from unified.planning.imagined import recompute
-from unified.planning.memory import imagined_step, per_device
+from unified.planning.memory import imagined_step, optimizer_state, per_device
 from unified.training.ema import EMA
 from unified.training.objectives.joint import JointObjective
 from unified.training.optim import build_optimizer, learning_groups
@@ -91,7 +91,7 @@ def compare(size: str, learning: bool, recomputed: bool) -> dict[str, Any]:
         recompute(draft.prior)
     batch = draft.objective.collate(examples, 0)
     step = imagined_step(draft.objective, batch, "fp32", keeps_mask=True)
-    predicted = per_device(draft.objective, step, ema=True)
+    predicted = per_device(draft.objective, step, True, optimizer_state(draft.objective))
     del draft, batch
     warm_up()
     gc.collect()

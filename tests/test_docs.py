@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from unified.config.loading import load_config
+from unified.config.schema import Config
+from unified.pipeline import UnifiedPipeline
 from unified.planning.describe import parse_lengths, show_task, task_layout
+from unified.training.run import train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,6 +61,23 @@ def test_the_modality_and_the_task_of_the_examples_train(tmp_path: Path) -> None
     subprocess.run([sys.executable, *command, *short, *infilling], **run)
     use = block(page, "python", "(`PYTHONPATH=.`). Then:") + "assert len(tone) == 128\n"
     subprocess.run([sys.executable, "-c", use], **run)
+
+
+def test_the_path_the_optimizer_and_the_metric_of_the_examples_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    for name in ("late", "lion", "repeats"):
+        code = page.partition(f"```python\n# {name}.py\n")[2].partition("```")[0]
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny.write_shard(tmp_path / "squares.tar", tiny.squares())
+    tree = tiny.tree(tmp_path / "run", str(tmp_path / "squares.tar"), flow={"path": "late:Late"})
+    tree["stages"] = [tiny.joint(row_length=128, optimizer={"type": "lion:Lion", "lr": 3e-4})]
+    tree["training"] |= {"metrics": ["repeats:repeats"], "validate_every": 1}
+    final = train(Config.model_validate(tree), trust_remote_code=True)
+    assert '"val/repeats": ' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert type(UnifiedPipeline.from_pretrained(final, True).path).__name__ == "Late"
 
 
 def test_the_configuration_of_the_readme_is_one(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from unified.evaluation.pairing import condition_matters, partners, repaired
 from unified.evaluation.pca import PCA
 from unified.evaluation.reconstruction import reconstruct
 from unified.evaluation.statistics import bootstrap, edit_distance, normalised_edit_distance
+from unified.flow.path import STRAIGHT
 from unified.latents.measures import psnr
 from unified.latents.modality import encode as encode_items
 from unified.latents.modality import modes
@@ -235,7 +236,7 @@ class UsesCondition(nn.Module):
 def model(task: str, strength: float) -> SimpleNamespace:
     config = SimpleNamespace(flow=FlowConfig())
     prior = UsesCondition(task, strength)
-    return SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={})
+    return SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={}, path=STRAIGHT)
 
 
 def examples(count: int = 24) -> list[dict[str, Latent]]:
@@ -279,8 +280,9 @@ def test_the_draws_do_not_depend_on_the_condition(task):
 
 
 def test_a_loss_does_not_depend_on_its_batch(monkeypatch):
-    prior, config = toys.prior(), SimpleNamespace(flow=FlowConfig())
-    pipeline = SimpleNamespace(prior=prior, tasks=TASKS, config=config, modalities={})
+    prior = toys.prior()
+    pipeline = model("captioning", 0.0)
+    pipeline.prior = prior
     of = [s for s in toys.samples(40) if s.task == "captioning"]
     latents = toys.latents(of, toys.layouts())
     encoded = items(

@@ -1,4 +1,4 @@
-"""The path, its velocity, the draws of training and the way back."""
+"""The draws of training, the loss, and the way back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import toys
 
 from unified.config.schema import FlowConfig
 from unified.flow.matching import FlowMatching
-from unified.flow.path import path, velocity
 from unified.flow.solvers import SOLVERS, Adaptive, integrate, to_data, to_noise
 from unified.flow.timesteps import round_timesteps as rounded
 from unified.randomness import Chance, generator
@@ -31,22 +30,6 @@ def corrupted(rate: float = 0.0, count: int = 12, **options: object):
 def times(batch: PackedBatch, part: toys.Part) -> torch.Tensor:
     """The timesteps of a part of a batch."""
     return batch.time_RL.flatten()[batch.where[part.modality][part.at]]
-
-
-def test_path_and_velocity_round_trip():
-    z0, eps = torch.randn(2, 7, 3, dtype=torch.float64).unbind(0)
-    t = torch.rand(7, 1, dtype=torch.float64)
-    z_t, v = path(z0, eps, t), velocity(z0, eps)
-    torch.testing.assert_close(z_t - t * v, z0)
-    torch.testing.assert_close(z_t + (1 - t) * v, eps)
-
-
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-@pytest.mark.parametrize("steps", [1, 3, 16])
-def test_solvers_are_exact_on_straight_paths(solver: str, steps: int):
-    z0, eps = torch.randn(2, 5, 4, dtype=torch.float64).unbind(0)
-    reached = integrate(lambda z, t: velocity(z0, eps), eps, to_data(steps, eps), solver)
-    torch.testing.assert_close(reached, z0, atol=1e-12, rtol=0)
 
 
 def test_heun_is_second_order_and_euler_first():

@@ -4,6 +4,7 @@ Every option of training has a test that would fail if the option did nothing:
 
     FlowConfig   timesteps, round_timesteps, clean_prefix_rate, grad_through_noisy,
                  grad_through_target                                              here
+                 path                                                             test_path.py
     LossConfig   vae, fm, mask, beta, ref, modality                               here
                  kl_warmup_steps, critics                       test_image_training.py
     StageConfig  name, objective, modality, sources, crop, row_length, loss, posterior,
@@ -32,6 +33,7 @@ from unified.config.plugins import resolve_plugins
 from unified.config.schema import FlowConfig, LossConfig, StageConfig
 from unified.data.streams import Prepared
 from unified.flow.matching import Draws, FlowMatching
+from unified.flow.path import Straight
 from unified.latents.modality import encode
 from unified.latents.ragged import Posteriors
 from unified.pipeline import UnifiedPipeline
@@ -514,7 +516,7 @@ def test_counts_are_the_positions_that_the_sums_run_over(monkeypatch: pytest.Mon
                                            for k, o in e.observations.items()})
         for e in tiny.examples(pipeline)
     ]  # fmt: skip
-    monkeypatch.setattr("unified.flow.matching.velocity", lambda z0, eps: torch.ones_like(z0))
+    monkeypatch.setattr(Straight, "velocity", lambda path, z0, eps, t: torch.ones_like(z0))
     batch = objective.collate(given, 0)
     entropy = -0.5 * 4 * math.log(2 * math.pi * math.e)
     each = {"flow/text": 1.0, "flow/image": 1.0, "text/entropy": entropy, "image/entropy": entropy}

@@ -22,7 +22,7 @@ from torch import Tensor
 from unified.cola.official import from_official, official_name, to_official
 from unified.config.schema import FlowConfig, GenerationConfig
 from unified.flow.matching import Draws, FlowMatching
-from unified.flow.path import velocity
+from unified.flow.path import STRAIGHT
 from unified.flow.timesteps import TIMESTEP_SCALE
 from unified.generation.items import Inference, Wish
 from unified.latents.modality import Choice
@@ -188,7 +188,7 @@ def test_training_step(case: str) -> None:
     at_loss = file["loss_mask"].bool()
     assert targets["text"].at_M.equal(twins[at_loss])
     close(targets["text"].velocity_MC, file["target"][at_loss], SINGLE)
-    close(velocity(file["z0"], file["z1"]), file["target"], SINGLE)
+    close(STRAIGHT.velocity(file["z0"], file["z1"], torch.zeros(())), file["target"], SINGLE)
     total = FlowMatching.loss(prior(noisy), targets)["flow/text"]
     loss = total / FlowMatching.counts(noisy)["flow/text"]
     close(loss, file["loss"], SINGLE)

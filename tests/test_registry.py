@@ -15,11 +15,14 @@ from unified.training.run import train
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g, table in SHIPPED.items() for n in table])
-def test_every_shipped_name_leads_to_a_plugin_class(group, name):
+def test_every_shipped_name_leads_to_one_of_its_group(group, name):
+    from unified.flow.path import Path
     from unified.latents.modality import Modality
     from unified.sequence.task import Task
 
-    assert issubclass(resolve(group, name), {"modality": Modality, "task": Task}[group])
+    bases = {"modality": Modality, "task": Task, "path": Path}
+    found = resolve(group, name)
+    assert callable(found) if group == "optimizer" else issubclass(found, bases[group])
 
 
 def test_unknown_name_suggests_the_nearest():
@@ -102,5 +105,7 @@ def test_a_run_resolves_each_plugin_once(tmp_path, monkeypatch):
     train(config)
     parts = {"modality": config.modalities, "task": config.tasks}
     assert asked == [
-        (group, part.type) for group, named in parts.items() for part in named.values()
+        *((group, part.type) for group, named in parts.items() for part in named.values()),
+        ("path", config.flow.path),
+        *(("optimizer", stage.optimizer.type) for stage in config.stages),
     ]

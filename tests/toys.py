@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified.config.schema import FlowConfig, GenerationConfig, PriorConfig
 from unified.flow.matching import FlowMatching, Target
+from unified.flow.path import STRAIGHT, Path
 from unified.generation.blocks import Request, Session
 from unified.latents.ragged import Latent
 from unified.model.prior import Prior
@@ -156,9 +157,10 @@ def generate(
     target: str,
     requests: Sequence[Request],
     told: GenerationConfig,
+    path: Path = STRAIGHT,
 ) -> list[Latent]:
     """The whole target of each request, known beginning included."""
-    session = Session(model, layouts_, task, target, requests, told)
+    session = Session(model, layouts_, task, target, requests, told, path)
     while session.active:
         session.step()
         session.finish([])

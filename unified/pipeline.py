@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from unified.config.plugins import Plugins, resolve_model
+from unified.config.plugins import Plugins, build_path, resolve_model
 from unified.config.schema import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
+from unified.flow.path import Path as FlowPath
 from unified.generation.items import Inference, Seed, Wish
 from unified.latents.modality import Modality
 from unified.latents.weights import load_weights, save_weights, written_whole
@@ -38,7 +39,10 @@ Weights = Literal["ema", "raw"]
 
 
 class UnifiedPipeline:
-    """The modalities, the tasks and the prior of one model; `weights` says which its prior has."""
+    """The modalities, the tasks and the prior of one model; `weights` says which its prior has.
+
+    `path` is what its flow follows; without one, the one that the configuration names.
+    """
 
     def __init__(
         self,
@@ -47,9 +51,11 @@ class UnifiedPipeline:
         tasks: Mapping[str, Task],
         prior: Prior,
         weights: Weights = "raw",
+        path: FlowPath | None = None,
     ):
         self.config, self.weights = config, weights
         self.modalities, self.tasks, self.prior = dict(modalities), dict(tasks), prior
+        self.path = path or build_path(config.flow)
 
     @classmethod
     def build(
@@ -71,12 +77,13 @@ class UnifiedPipeline:
             for name, (plugin, options) in plugins.modalities.items()
         }
         prior = Prior(config.prior, {name: m.channels for name, m in modalities.items()})
-        return cls(config, modalities, plugins.tasks, prior)
+        return cls(config, modalities, plugins.tasks, prior, path=plugins.path)
 
     @property
     def plugins(self) -> Plugins:
         """What the model is made of."""
-        return Plugins({n: (type(m), m.config) for n, m in self.modalities.items()}, self.tasks)
+        modalities = {n: (type(m), m.config) for n, m in self.modalities.items()}
+        return Plugins(modalities, self.tasks, self.path)
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -233,7 +240,8 @@ class UnifiedPipeline:
             seed = torch.randint(1 << 62, (count,), generator=generator).tolist()
         given = {key: value for key, value in settings.items() if value is not None}
         chosen = validated(GenerationConfig, self.config.generation.model_dump() | given)
-        return Inference(self.modalities, self.tasks, self.prior, task), chosen, seed
+        runner = Inference(self.modalities, self.tasks, self.prior, task, self.path)
+        return runner, chosen, seed
 
     def _task(self, name: str) -> Any:
         if name not in self.tasks:
@@ -316,7 +324,7 @@ class UnifiedPipeline:
         modalities = {n: p.from_pretrained(folder, n) for n, (p, _) in plugins.modalities.items()}
         check_channels(prior, modalities, folder)
         weights = read_json(folder / INDEX).get("weights", "raw")
-        pipeline = cls(config, modalities, plugins.tasks, prior, weights)
+        pipeline = cls(config, modalities, plugins.tasks, prior, weights, plugins.path)
         return pipeline if device is None else pipeline.to(device)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:

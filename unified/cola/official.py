@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from unified.config.schema import Config
 from unified.errors import validated
+from unified.flow.path import Straight
 from unified.latents.weights import assign_new, read_weights, save_tensors, written_whole
 from unified.model.layers import ROPE_THETA
 from unified.pipeline import UnifiedPipeline, read_json, write_json
@@ -259,6 +260,11 @@ def official_configs(pipeline: UnifiedPipeline) -> tuple[dict[str, Any], dict[st
         raise ValueError(
             "an official prior has one stream, but this one has multi_stream_depth"
             f" {prior.multi_stream_depth}"
+        )
+    if not isinstance(pipeline.path, Straight):
+        raise ValueError(
+            "an official checkpoint has the straight path, but this model's flow.path is"
+            f" {pipeline.config.flow.path!r}"
         )
     modality = pipeline.modalities["text"]
     if modality.config.log_snr is not None:

@@ -53,9 +53,10 @@ def to_official(
     source: Annotated[str, typer.Argument(metavar="DIR", help="A text-only pipeline folder.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The official folder to write.")],
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "5GB",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a text-only pipeline in the official format."""
     from unified.cola.official import to_official
 
-    to_official(open_pipeline(source), output, max_shard_size)
+    to_official(open_pipeline(source, trust_remote_code), output, max_shard_size)
     print(output)

@@ -28,16 +28,18 @@ Limit = Annotated[int, typer.Option(min=1, help="At most this many items.")]
 
 
 def _observed(checkpoint: str, modality: str, shards: list[str], limit: int, trust: bool) -> Any:
-    """(modality, observations of the first `limit` items of `shards`)."""
+    """(pipeline, its modality, observations of the first `limit` items of `shards`)."""
     from unified.data.examples import Example
     from unified.data.source import Source
     from unified.errors import did_you_mean
 
-    found = open_pipeline(checkpoint, trust).modalities
+    pipeline = open_pipeline(checkpoint, trust)
+    found = pipeline.modalities
     if modality not in found:
         raise ValueError(f"the model has no modality {modality!r}; {did_you_mean(modality, found)}")
     examples = [Example(raw, found) for raw in islice(Source(modality, shards), limit)]
-    return found[modality], [found[modality].observe(e[modality], ends=True) for e in examples]
+    observations = [found[modality].observe(e[modality], ends=True) for e in examples]
+    return pipeline, found[modality], observations
 
 
 @app.command("logsnr")
@@ -53,7 +55,7 @@ def logsnr(
     from unified.evaluation.reconstruction import posteriors
     from unified.evaluation.robustness import log_snr
 
-    measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    _, measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
     value = log_snr(posteriors(measured, observations))
     told = {"modality": modality, "items": len(observations), "log_snr": value}
     print(json.dumps(told) if as_json else f"{value:.3f} nats over {len(observations)} items")
@@ -78,8 +80,9 @@ def noise(
         chosen = [float(part) for part in levels.split(",") if part] or list(LEVELS)
     except ValueError:
         raise ValueError(f"--levels should be numbers between commas, found {levels!r}") from None
-    measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
-    curve = noise_robustness(measured, observations, chosen, seed)
+    told = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    pipeline, measured, observations = told
+    curve = noise_robustness(measured, observations, chosen, seed, pipeline.path)
     if as_json:
         print(json.dumps([asdict(point) for point in curve], indent=2))
         return

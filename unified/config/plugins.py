@@ -8,15 +8,18 @@ for there: whoever comes after takes the `Plugins` that were found.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
-from unified.config.schema import Config, PluginPart, StageConfig
+from unified.config.schema import Config, FlowConfig, OptimizerConfig, PluginPart, StageConfig
 from unified.errors import Keys, did_you_mean, validated
 
 if TYPE_CHECKING:
+    from unified.flow.path import Path
     from unified.latents.critic import Critic
     from unified.latents.modality import Modality, PluginConfig
     from unified.sequence.task import Task
@@ -24,17 +27,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plugins:
-    """All plugins that a configuration names: classes with their own configurations, and tasks."""
+    """All that a configuration names: classes with their own configurations, tasks, the path, and
+    what makes or measures something in training."""
 
     #: name -> (class, its configuration), ready for ``cls.build(configuration, corpus)``
     modalities: Mapping[str, tuple[type[Modality], PluginConfig]]
     tasks: Mapping[str, Task]
+    path: Path
     #: stage -> critic -> (class, its configuration)
     critics: Mapping[str, Mapping[str, tuple[type[Critic], PluginConfig]]] = field(
         default_factory=dict
     )
     #: stage -> what makes the encoder of its alignment
     encoders: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    #: stage -> what makes its optimizer (`optimizer_factory`)
+    optimizers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    #: path to code -> the function of ``training.metrics``
+    metrics: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def resolve_plugins(config: Config, trust_remote_code: bool = False, source: str = "") -> Plugins:
@@ -49,14 +58,19 @@ def resolve_plugins(config: Config, trust_remote_code: bool = False, source: str
     for modality in config.flow.timesteps:
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in model.tasks.values()))
-    encoders, critics = {}, {}
+    critics, encoders, optimizers = {}, {}, {}
     for index, stage in enumerate(config.stages):
+        where = f"stage {stage.name}, optimizer"
+        optimizers[stage.name] = optimizer_factory(stage.optimizer, trust_remote_code, where)
         if stage.alignment is not None:
             encoders[stage.name] = _encoder(config, stage, trust_remote_code)
         if stage.modality is not None:
             judged, _ = model.modalities[stage.modality]
             critics[stage.name] = _critics(judged, stage, ("stages", str(index)), source)
-    return Plugins(model.modalities, model.tasks, critics, encoders)
+    metrics = {path: trusted("metric", path, trust_remote_code) for path in config.training.metrics}
+    return replace(
+        model, critics=critics, encoders=encoders, optimizers=optimizers, metrics=metrics
+    )
 
 
 def resolve_model(config: Config, trust_remote_code: bool = False, source: str = "") -> Plugins:
@@ -75,7 +89,7 @@ def resolve_model(config: Config, trust_remote_code: bool = False, source: str =
     for name, part in config.tasks.items():
         cls, options = plugin("task", part, ("tasks", name))
         tasks[name] = cls(options)
-    return Plugins(modalities, tasks)
+    return Plugins(modalities, tasks, build_path(config.flow, trust_remote_code))
 
 
 def _critics(
@@ -89,6 +103,44 @@ def _critics(
         cls = modality.critics[name]
         found[name] = cls, validated(cls.Config, options, (*at, "loss", "critics", name), source)
     return found
+
+
+def build_path(config: FlowConfig, trust_remote_code: bool = False) -> Path:
+    """The path that ``flow.path`` names. ValueError for a class that is none (`Path.check`)."""
+    cls = resolve("path", config.path, trust_remote_code)
+    try:
+        path: Path = cls()
+    except TypeError as error:
+        raise ValueError(f"the path {config.path!r} cannot be made: {error}") from None
+    path.check(config.path)
+    return path
+
+
+def optimizer_factory(
+    config: OptimizerConfig, trust_remote_code: bool = False, where: str = "optimizer"
+) -> Callable[..., Any]:
+    """What makes the optimizer of groups of parameters, with lr, betas and options in place.
+
+    ValueError, which calls the part of the configuration `where`, for an option that it does not
+    have or that is given elsewhere, and for betas where it has none.
+    """
+    factory = resolve("optimizer", config.type, trust_remote_code)
+    parameters = inspect.signature(factory).parameters
+    groups, *names = [*parameters] or [""]
+    elsewhere = {groups, "lr", "betas", "weight_decay"}
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for option in config.options:
+        if option in elsewhere:
+            raise ValueError(f"{where}.options has {option!r}, which is not given there")
+        if not anything:
+            why = f"which {config.type} lacks"
+            _known(option, {*names} - elsewhere, f"{where}.options", "option", why)
+    given: dict[str, Any] = {"lr": config.lr, **config.options}
+    if "betas" in names:
+        given["betas"] = config.betas
+    elif config.betas != OptimizerConfig().betas:
+        raise ValueError(f"{where}.betas is {config.betas}, but {config.type} has no betas")
+    return partial(factory, **given)
 
 
 def _validate_tasks(config: Config, tasks: Mapping[str, Task]) -> None:

@@ -95,6 +95,8 @@ class TimestepConfig(Part):
 
 
 class FlowConfig(Part):
+    #: from latents to noise: straight, cosine, or a path to a class of one's own
+    path: str = "straight"
     timesteps: dict[str, TimestepConfig] = {}
     #: rounding of the timestep (in units of 1/1000) before it is used
     round_timesteps: Literal["none", "integer", "bfloat16"] = "none"
@@ -138,9 +140,15 @@ class AlignmentConfig(Part):
 
 
 class OptimizerConfig(Part):
+    #: adamw, muon, adafactor, or a path to a class or function of one's own
+    #: (`unified.training.optim`)
+    type: str = "adamw"
+    #: what else it is made with, by the names of its own parameters
+    options: dict[str, Any] = {}
     lr: float = Field(1e-3, gt=0)
     #: learning rate of the autoencoders in a joint stage, relative to `lr`; 0 freezes them
     vae_lr_ratio: float = Field(0.0, ge=0)
+    #: of an optimizer that has them
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
@@ -236,6 +244,8 @@ class TrainingConfig(Part):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     ema: EMAConfig | None = EMAConfig()
     trackers: list[str] = ["tensorboard"]
+    #: functions of one's own, "package.module:function", whose values validation logs
+    metrics: list[str] = []
     #: steps between samples of every task in the run folder; null writes none
     sample_every: int | None = Field(None, gt=0)
     #: several processes: each holds the whole model (none), or a part of it; hybrid cuts it within

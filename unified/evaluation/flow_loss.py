@@ -130,7 +130,7 @@ class _Measured:
         self.noisy = self.layout[noisy_kind(self.layout, pipeline.tasks[task].generates)]
         locations = {name: m.timestep_location for name, m in pipeline.modalities.items()}
         layouts = {task: self.layout}
-        self.flow = FlowMatching(pipeline.config.flow, layouts, locations)
+        self.flow = FlowMatching(pipeline.config.flow, layouts, locations, pipeline.path)
         rules = Visibility({task: self.layout.sees})
         like = next(self.prior.parameters())
         self.device, self.dtype = like.device, like.dtype

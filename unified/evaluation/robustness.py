@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unified.evaluation.reconstruction import BATCH, posteriors
 from unified.evaluation.statistics import ConfidenceInterval, bootstrap
-from unified.flow.path import path
+from unified.flow.path import STRAIGHT, Path
 from unified.flow.timesteps import TIMESTEP_SCALE
 from unified.latents.modality import Modality, decode
 from unified.latents.ragged import Latent, Posteriors
@@ -54,8 +54,9 @@ def noise_robustness(
     observations: Sequence[Tensor],
     levels: Sequence[float] = LEVELS,
     seed: int = 0,
+    path: Path = STRAIGHT,
 ) -> list[Robustness]:
-    """What the decoder gives back of ``(1 - t) z_0 + t eps``, by t (figure 13 of the paper).
+    """What the decoder gives back of z_t on `path`, by t (figure 13 of the paper).
 
     z_0 are posterior means, and item i has the same eps at every level. How much came back is the
     modality's `fidelity`. ValueError for a level outside [0, 1000] and for no items.
@@ -69,7 +70,7 @@ def noise_robustness(
     eps_NC, lengths = torch.cat(eps).to(z0), [len(p.mean_NC) for p in found]
     curve = []
     for level in levels:
-        z_NC = path(z0, eps_NC, torch.tensor(level / TIMESTEP_SCALE).to(z0))
+        z_NC = path.at(z0, eps_NC, torch.tensor(level / TIMESTEP_SCALE).to(z0))
         pairs = zip(z_NC.split(lengths), found, strict=True)
         back = decode(modality, [Latent(z_LC, p.grid) for z_LC, p in pairs], BATCH)
         both = zip(observations, back, strict=True)

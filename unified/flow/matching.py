@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unified.config.plugins import build_path
 from unified.config.schema import FlowConfig, TimestepConfig
-from unified.flow.path import path, velocity
+from unified.flow.path import Path
 from unified.flow.timesteps import round_timesteps
 from unified.randomness import Chance, gaussian, unit
 from unified.sequence.layout import Layout, modality_names
@@ -59,6 +60,7 @@ class FlowMatching:
     """Corruption and loss of training.
 
     `locations` are the timestep locations of modalities for which the configuration sets none.
+    Without a `path`, it is the one that the configuration names (`unified.flow.path`).
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class FlowMatching:
         config: FlowConfig,
         layouts: Mapping[str, Layout],
         locations: Mapping[str, float] | None = None,
+        path: Path | None = None,
     ):
         self.config, self.locations = config, locations or {}
+        self.path = path or build_path(config)
         self.names = modality_names(layouts)
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -147,11 +151,12 @@ class FlowMatching:
             of, held_NC = NoisyPlaces(*batch.noisy[m]), z_NC.detach()
             z0_MC, eps_MC = z_NC.index_select(0, of.at), draws.noise[m].to(z_NC)
             through = z0_MC if self.config.grad_through_noisy else z0_MC.detach()
-            z_t = path(through, eps_MC, t_T[of.group][:, None].to(z_NC))
+            t_M1 = t_T[of.group][:, None].to(z_NC)
+            z_t = self.path.at(through, eps_MC, t_M1)
             latents[m] = held_NC.index_copy(0, of.at, z_t)
             aimed = z0_MC if self.config.grad_through_target else z0_MC.detach()
             weight_M = batch.chances[1][of.group - 1]
-            targets[m] = Target(of.at, velocity(aimed, eps_MC), weight_M)
+            targets[m] = Target(of.at, self.path.velocity(aimed, eps_MC, t_M1), weight_M)
         relabelled = torch.cat([draws.unconditional_G.new_zeros(1), draws.unconditional_G])
         kind_RL = batch.coordinates.kind.masked_fill(
             relabelled[batch.group_RL], batch.rules.kind_index[UNCONDITIONAL]

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unified.flow.path import STRAIGHT, Path
+
 Field = Callable[[Tensor, Tensor], Tensor]
 #: (number of the step, z) -> what the step is to begin from
 Prepare = Callable[[int, Tensor], Tensor]
@@ -181,10 +183,11 @@ class Adaptive:
 # ---- partial repaint ----------------------------------------------------------------------------
 
 
-def renoise(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+def renoise(z: Tensor, eps: Tensor, t: Tensor, t_next: Tensor, path: Path = STRAIGHT) -> Tensor:
     """``z`` at t taken back to the noisier t_next > t of the same path, with fresh noise `eps`."""
-    kept = (1 - t_next) / (1 - t)
-    return kept * z + (t_next**2 - (kept * t) ** 2).clamp(min=0).sqrt() * eps
+    (alpha, sigma), (alpha_next, sigma_next) = path.coefficients(t), path.coefficients(t_next)
+    kept = alpha_next / alpha
+    return kept * z + (sigma_next**2 - (kept * sigma) ** 2).clamp(min=0).sqrt() * eps
 
 
 def repaint(
@@ -197,11 +200,12 @@ def repaint(
     solver: str,
     share: float,
     times: int,
+    path: Path = STRAIGHT,
 ) -> Tensor:
     """Partial repaint (paper 5.2, 17.1): noise `z` [N, C] becomes a latent, guided by `known`
     [N, C] at the positions `where` [N, 1].
 
-    In the first `share` (m) of the steps, known positions are put on the path at the step's t, and
+    In the first `share` (m) of the steps, known positions are put on `path` at the step's t, and
     each of these steps is taken `times` (t) times, with the whole block re-noised in between. Then
     the block evolves freely, so the known part need not come out as it went in.
     """
@@ -213,7 +217,7 @@ def repaint(
         if number >= guided * times:
             return z
         if number % times:
-            z = renoise(z, next(noises), t_next, t)
-        return torch.where(where, (1 - t) * known + t * next(noises), z)
+            z = renoise(z, next(noises), t_next, t, path)
+        return torch.where(where, path.at(known, next(noises), t), z)
 
     return integrate(field, z, visits, solver, prepare)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from unified.config.schema import GenerationConfig
+from unified.flow.path import STRAIGHT, Path
 from unified.flow.solvers import Field, integrate, repaint, to_data
 from unified.generation.guidance import GuidedVelocity, Settling, timesteps
 from unified.latents.ragged import Latent
@@ -67,7 +68,8 @@ class Session:
     """One run of several requests of a task: their cache, and how far each has come.
 
     Each `step` makes one more block of every request that is `active`. Everything happens on the
-    prior's device, and latents have its dtype, at least float32.
+    prior's device, and latents have its dtype, at least float32. `path` is the one that the prior
+    was trained on; partial repaint puts latents on it.
     """
 
     def __init__(
@@ -78,8 +80,10 @@ class Session:
         target: str,
         requests: Sequence[Request],
         settings: GenerationConfig,
+        path: Path = STRAIGHT,
     ):
         self.prior, self.task, self.requests, self.settings = prior, task, requests, settings
+        self.path = path
         weight = next(prior.parameters())
         self.device = weight.device
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -202,6 +206,7 @@ class Session:
             self.settings.solver,
             self.settings.repaint_share,
             self.settings.repaint_times,
+            self.path,
         )
 
     def _noises(self, starts: Sequence[_Start]) -> Iterator[Tensor]:

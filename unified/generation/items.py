@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unified.config.schema import GenerationConfig
+from unified.flow.path import STRAIGHT, Path
 from unified.generation.blocks import Request, Session
 from unified.latents.modality import Choice, Decoding, Modality, Side, encode
 from unified.latents.ragged import Latent, Posteriors
@@ -80,6 +81,7 @@ class Inference:
         tasks: Mapping[str, Task],
         prior: Prior,
         task: str,
+        path: Path = STRAIGHT,
     ):
         self.name, self.task = task, tasks[task]
         self.layout = self.task.layout
@@ -87,6 +89,7 @@ class Inference:
         self.modalities = modalities
         self.modality = modalities[self.target.modality]
         self.prior, self.layouts = prior, {name: t.layout for name, t in tasks.items()}
+        self.path = path
         for module in (prior, *modalities.values()):
             module.eval()
 
@@ -118,8 +121,8 @@ class Inference:
         """Everything given, observed and encoded."""
         given = [self._observe(w, settings) for w in wishes]
         requests = self._requests(wishes, given, seeds, settings)
-        target = self.target.kind
-        session = Session(self.prior, self.layouts, self.name, target, requests, settings)
+        of, target = (self.prior, self.layouts, self.name), self.target.kind
+        session = Session(*of, target, requests, settings, self.path)
         whole = [self._whole(request) for request in requests]
         decoding = self._decoding(requests, whole, settings)
         return _Batch(wishes, given, session, decoding, settings, [False] * len(wishes))

@@ -20,7 +20,7 @@ from unified.planning.describe import counts_of, on_meta
 from unified.planning.figures import ExampleCost, Plan, PlanRequest
 from unified.planning.flops import TRAINING, layout_flops
 from unified.planning.imagined import forward_flops, imagine, observation, recompute
-from unified.planning.memory import Memory, forward_only, imagined_step, per_device
+from unified.planning.memory import Memory, forward_only, imagined_step, optimizer_state, per_device
 from unified.planning.typical import positions, typical
 from unified.randomness import Chance
 from unified.training.loop import planned_steps
@@ -99,7 +99,14 @@ class Draft:
         imagine(*self.modalities.values(), self.prior, *references.values())
         layouts = {name: task.layout for name, task in tasks.items()}
         self.objective = JointObjective(
-            self.prior, self.modalities, layouts, stage, config.flow, config.run.seed, references
+            self.prior,
+            self.modalities,
+            layouts,
+            stage,
+            config.flow,
+            config.run.seed,
+            references,
+            path=plugins.path,
         )
         self.grids = {
             name: typical(task, self.modalities, request.sizes, stage.row_length, name)
@@ -186,6 +193,7 @@ class Draft:
         """The task that needs most, and memory by (sharded, checkpointed) where it is all there is
         in a microbatch."""
         precision, ema = self.precision, self.config.training.ema is not None
+        state = optimizer_state(self.objective, self.plugins.optimizers[self.stage.name])
         batches = {name: self.objective.collate(self.microbatch(name), 0) for name in self.tasks}
         heaviest = next(iter(batches))
         if len(batches) > 1:
@@ -199,7 +207,7 @@ class Draft:
             step = imagined_step(self.objective, batches[heaviest], precision)
             for sharded in (False, True):
                 found[sharded, checkpointed] = per_device(
-                    self.objective, step, ema, self.request.gpus, sharded
+                    self.objective, step, ema, state, self.request.gpus, sharded
                 )
         return heaviest, found
 

@@ -10,7 +10,8 @@ What does not depend on weights stays real: masks, timesteps and positions are c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +57,15 @@ def recompute(prior: Prior) -> None:
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
+
+
+@contextmanager
+def numbers() -> Iterator[None]:
+    """Within it, code that asks a fake tensor for its number is told 1: what it does with the
+    number cannot matter to a shape."""
+    item = Tensor.item
+    with patch.object(Tensor, "item", lambda t: 1.0 if isinstance(t, FakeTensor) else item(t)):
+        yield
 
 
 class Attention:

@@ -3,7 +3,7 @@
     weights       float32, of what learns and of what rests (frozen autoencoders, references)
     gradients     float32, from the second microbatch of a step on
     buckets       the copy of the gradients that processes average (more than one device)
-    optimizer     AdamW's two moments, float32
+    optimizer     what the optimizer keeps of every parameter (two moments, for AdamW)
     ema           the averages, float32
     gathered      sharded: two units whole (the one at work and the next) with their gradients, and
                   the prior's parameters outside its blocks
@@ -11,24 +11,26 @@
     temporaries   what the peak of the step has above all that
 
 Activations and temporaries are found by running the objective on fake tensors
-(`unified.planning.imagined`), forward and backward. Sharding divides weights that learn, gradients,
-optimizer and EMA by the number of devices; what rests stays whole.
+(`unified.planning.imagined`), forward and backward, and the optimizer's state by letting it take a
+step on them. Sharding divides weights that learn, gradients, optimizer and EMA by the number of
+devices; what rests stays whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from unified.planning.imagined import DEVICE, Attention, Ledger
+from unified.planning.imagined import DEVICE, Attention, Ledger, numbers
 from unified.training.objectives.joint import JointBatch, JointObjective
+from unified.training.optim import build_optimizer, hidden_matrices, learning_groups, make_state
 
 FLOAT32 = 4
-#: AdamW keeps two averages of every parameter
-MOMENTS = 2
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,35 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
+def optimizer_state(
+    objective: JointObjective, make: Callable[..., Any] | None = None
+) -> Mapping[str, int]:
+    """Bytes of what the stage's optimizer keeps, by its names for it; single numbers are left out.
+
+    The modules of `objective` are imagined, and so is the state; `make` is as `build_optimizer`
+    has it.
+    """
+    config = objective.stage.optimizer
+    groups, hidden = learning_groups(objective.groups(), config), hidden_matrices(objective)
+    optimizer = build_optimizer(groups, config, hidden, make)
+    with numbers():
+        make_state(optimizer, [p for group in groups.values() for p in group])
+    kept: Counter[str] = Counter()
+    for state in optimizer.state.values():
+        kept.update({name: t.nbytes for name, t in state.items() if t.ndim})
+    return kept
+
+
 def per_device(
-    objective: JointObjective, step: Step, ema: bool, devices: int = 1, sharded: bool = False
+    objective: JointObjective,
+    step: Step,
+    ema: bool,
+    state: Mapping[str, int],
+    devices: int = 1,
+    sharded: bool = False,
 ) -> Memory:
-    """Memory per device of training `objective`, replicated over `devices` or fully sharded."""
+    """Memory per device of training `objective`, replicated over `devices` or fully sharded;
+    `state` is its `optimizer_state`."""
     learning = count(p for group in objective.groups().values() for p in group)
     resting = count(objective.parameters()) - learning
     parts = devices if sharded else 1
@@ -112,7 +139,7 @@ def per_device(
         weights=mine + resting * FLOAT32,
         gradients=mine,
         buckets=mine if devices > 1 and not sharded else 0,
-        optimizer=MOMENTS * mine,
+        optimizer=sum(-(-size // (parts * FLOAT32)) * FLOAT32 for size in state.values()),
         ema=mine if ema else 0,
         gathered=_gathered(objective) if sharded and devices > 1 else 0,
         activations=step.saved,

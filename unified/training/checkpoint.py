@@ -1,7 +1,8 @@
 """Checkpoints: all that the next step depends on, in one folder, without pickle.
 
     checkpoints/STAGE-STEP/
-      shard-*.safetensors   by process: "model/NAME", "ema/NAME", "optimizer/STATE/NAME"
+      shard-*.safetensors   by process: "model/NAME", "ema/NAME", "optimizer/STATE/NAME" (whatever
+                            states the optimizer has)
       state.json            the scalars, and the size and SHA-256 of each file above
 
 PyTorch's distributed checkpoint writes and reads the tensors: every process its own part, whole or
@@ -35,6 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from unified.latents.weights import check_names, check_shapes, named_tensors
 from unified.training.ema import EMA
+from unified.training.optim import make_state
 
 STATE = "state.json"
 #: how chance is drawn, for checkpoints that were made when it was drawn in another way; they say
@@ -92,21 +94,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, module: nn.Module, names: Mapping[str, Any]
-) -> None:
-    """Give the optimizer the (empty) state that `optimizer_tensors` named. Fused AdamW keeps its
-    step counts where the parameters are."""
-    parameters = dict(module.named_parameters())
-    optimizer.state.clear()
-    for name in names:
-        key, _, parameter = name.partition("/")
-        target = parameters[parameter].detach()
-        count = torch.zeros((), device=target.device)
-        empty = count if key == "step" else torch.zeros_like(target)
-        optimizer.state[parameters[parameter]][key] = empty
 
 
 # ---- one folder ----------------------------------------------------------------------------------
@@ -191,11 +178,11 @@ def load(path: Path, trained: Trained) -> None:
         raise ValueError(f"{path} is not a whole checkpoint")
     found = _metadata(path)
     moments = [n.partition("/")[2] for n in found if n.startswith("optimizer/")]
-    known = {name for name, _ in trained.objective.named_parameters()}
-    unknown = sorted({n.partition("/")[2] for n in moments} - known)
+    known, learned = dict(trained.objective.named_parameters()), {*map(_parameter, moments)}
+    unknown = sorted(learned - known.keys())
     if unknown:
         raise ValueError(f"{path} has optimizer state of {unknown[0]}, unknown here")
-    restore_optimizer(trained.optimizer, trained.objective, dict.fromkeys(moments))
+    make_state(trained.optimizer, [known[name] for name in sorted(learned)])
     tensors = trained.tensors()
     shapes = {name: torch.empty(meta.size, device="meta") for name, meta in found.items()}
     check_shapes(tensors, shapes, path)
@@ -203,6 +190,11 @@ def load(path: Path, trained: Trained) -> None:
     reader, alone = HuggingFaceStorageReader(str(path)), not dist.is_initialized()
     load_tensors(tensors, storage_reader=reader, no_dist=alone)
     trained.progress = Progress(**state["progress"])
+
+
+def _parameter(name: str) -> str:
+    """ "STATE/PARAMETER" -> the parameter's name."""
+    return name.partition("/")[2]
 
 
 def _shards(path: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from unified.latents.weights import write_text
 MAY_CHANGE = re.compile(
     r"run\.dir|stages\.\d+\.steps|data\.(prefetch|workers|cache_dir|cache_gb|allow_pipes)|"
     r"generation\..*|training\.(max_steps|save_every|"
-    r"log_every|validate_every|sample_every|trackers.*|sharding|shard_size|divergence|"
+    r"log_every|validate_every|sample_every|trackers.*|metrics.*|sharding|shard_size|divergence|"
     r"activation_checkpointing|attention|compile|keep_checkpoints|background_checkpoints)"
 )
 

@@ -44,6 +44,7 @@ from unified.training.metrics import Metrics, Speed, memory_gb, say
 from unified.training.objectives.objective import Objective
 from unified.training.optim import (
     build_optimizer,
+    hidden_matrices,
     learning_groups,
     learning_rate,
     ratio,
@@ -95,6 +96,7 @@ class Stage:
     averaged weights in place; the lowest ``loss`` among them marks the best checkpoint. Every
     `training.sample_every` steps `sample` writes into the folder it is given, and
     returns what it wrote, by name.
+    `optimizer` makes the optimizer; without it, what the name in `config` stands for does.
     """
 
     config: StageConfig
@@ -107,6 +109,7 @@ class Stage:
     prefetch: int = 2
     validate: Callable[[int], dict[str, float]] | None = None
     sample: Callable[[int, Path], Mapping[str, Any]] | None = None
+    optimizer: Callable[..., Any] | None = None
 
     @property
     def steps(self) -> int:
@@ -170,7 +173,8 @@ class Loop:
         # sharding puts other parameters in the place of those there were
         self.groups = learning_groups(stage.objective.groups(), stage.config.optimizer)
         self.learners = [p for group in self.groups.values() for p in group]
-        self.optimizer = build_optimizer(self.groups, stage.config.optimizer)
+        hidden, make = hidden_matrices(stage.objective), stage.optimizer
+        self.optimizer = build_optimizer(self.groups, stage.config.optimizer, hidden, make)
         self.saver = Saver(
             stage.folder.checkpoints,
             stage.training.keep_checkpoints,

@@ -26,6 +26,7 @@ from unified.training.folder import RunFolder, flatten
 from unified.training.init import as_json, initialise
 from unified.training.loop import Stage, planned_steps, train_stage
 from unified.training.metrics import say, tracker_names
+from unified.training.optim import check_optimizers
 from unified.training.parallel import distributed_settings, from_main
 from unified.training.stages import Materials, Sources
 
@@ -40,6 +41,7 @@ def train(config: Config, source: str = "", trust_remote_code: bool = False) -> 
     parts do not fit, and for a folder that holds a run of another configuration.
     """
     plugins = resolve_plugins(config, trust_remote_code, source)
+    check_optimizers(config, plugins)
     folder = RunFolder(config.run.dir)
     folder.check(config)
     first = next_stage(config, folder)
@@ -208,6 +210,7 @@ def run_stage(materials: Materials, folder: RunFolder, accelerator: Accelerator)
             config.data.prefetch,
             materials.validate(objective, accelerator),
             materials.sample,
+            materials.plugins.optimizers[stage.name],
         ),
         accelerator,
     )

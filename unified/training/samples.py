@@ -54,7 +54,8 @@ def generate(
     layout, target = pipeline.tasks[task].layout, pipeline.tasks[task].generates
     wishes = [wish(layout, target, encoded(pipeline.modalities, layout, e)) for e in examples]
     seeds = [derive("sample", e.slot) for e in examples]
-    inference = Inference(pipeline.modalities, pipeline.tasks, pipeline.prior, task)
+    of = (pipeline.modalities, pipeline.tasks, pipeline.prior)
+    inference = Inference(*of, task, pipeline.path)
     made: dict[int, Any] = {}
     for items in inference.stream(wishes, settings, seeds):
         made |= items

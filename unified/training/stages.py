@@ -33,7 +33,7 @@ from unified.training.objectives.alignment import Alignment
 from unified.training.objectives.autoencoder import AutoencoderObjective
 from unified.training.objectives.joint import JointObjective
 from unified.training.objectives.objective import Objective
-from unified.training.validation import Validation, measured
+from unified.training.validation import Validation, measured, own
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -175,20 +175,19 @@ class Materials:
     def validate(
         self, objective: Objective, accelerator: Accelerator
     ) -> Callable[[int], dict[str, float]] | None:
-        """The named values of a validation: losses over the held-out examples, and in an
-        autoencoder stage the modality's own measures. None without such examples."""
-        batches = self.validation()
-        if not batches:
+        """The named values of a validation: losses over the held-out examples, in an autoencoder
+        stage the modality's own measures, and ``training.metrics``. None if there is nothing."""
+        batches, metrics = self.validation(), self.plugins.metrics
+        if not batches and not metrics:
             return None
         losses_of = Validation(objective.for_validation(), batches, accelerator)
 
         def validate(step: int) -> dict[str, float]:
-            del step
-            losses = losses_of()
-            if self.stage.modality is None:
-                return losses
-            modality = self.pipeline.modalities[self.stage.modality]
-            return losses | measured(modality, batches, accelerator)
+            values = losses_of() if batches else {}
+            if batches and self.stage.modality is not None:
+                modality = self.pipeline.modalities[self.stage.modality]
+                values |= measured(modality, batches, accelerator)
+            return values | own(metrics, self.pipeline, step, values)
 
         return validate
 
@@ -264,6 +263,7 @@ def _joint(
         config.run.seed,
         {name: deepcopy(modality) for name, modality in learning.items()},
         _alignment(config, stage, pipeline, plugins),
+        pipeline.path,
     )
 
 

@@ -1,8 +1,9 @@
-"""What validation measures: the losses of held-out examples, and an autoencoder's own measures."""
+"""What validation measures: the losses of held-out examples, an autoencoder's own measures, and
+what functions of one's own give (``training.metrics``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from unified.data.streams import Prepared
 from unified.latents.modality import Modality, decode, encode, modes, unencoded
 from unified.latents.tensors import moved
+from unified.pipeline import UnifiedPipeline
 from unified.training.objectives.objective import Objective
 from unified.training.parallel import over_ranks
 from unified.training.work import add, total
@@ -96,3 +98,33 @@ def measured(modality: Modality, streams: HeldOut, accelerator: Accelerator) -> 
             count += 1
     *totals, items = over_ranks([*sums.values(), count], accelerator)
     return {name: total / items for name, total in zip(sums, totals, strict=True)}
+
+
+def own(
+    metrics: Mapping[str, Callable[..., Any]],
+    pipeline: UnifiedPipeline,
+    step: int,
+    taken: Container[str] = (),
+) -> dict[str, float]:
+    """What the functions in `metrics` give, which has them by their paths; each is called with the
+    pipeline and the number of finished steps. ValueError for what is no mapping of names to
+    numbers, and for a name that is taken."""
+    found: dict[str, float] = {}
+    for path, metric in metrics.items():
+        values = metric(pipeline, step)
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"the metric {path!r} should return names and numbers, found {values!r}"
+            )
+        for name, value in values.items():
+            if name in taken or name in found:
+                raise ValueError(
+                    f"the metric {path!r} returns {name}, which validation already has"
+                )
+            try:
+                found[str(name)] = float(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"the metric {path!r} returns {value!r} as {name}, which should be a number"
+                ) from None
+    return found

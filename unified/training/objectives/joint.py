@@ -14,6 +14,7 @@ from unified.config.schema import FlowConfig, StageConfig
 from unified.data.batches import Items
 from unified.data.streams import Prepared
 from unified.flow.matching import FlowMatching
+from unified.flow.path import Path
 from unified.latents.modality import Modality, Observed, grid_of
 from unified.latents.ragged import Latents, Posteriors
 from unified.model.prior import Prior
@@ -127,6 +128,7 @@ class JointObjective(Objective):
         seed: int,
         references: Mapping[str, Modality] | None = None,
         alignment: Alignment | None = None,
+        path: Path | None = None,
     ):
         super().__init__()
         self.prior = prior
@@ -136,7 +138,7 @@ class JointObjective(Objective):
         self.layouts, self.stage, self.seed = layouts, stage, seed
         self.visibility = Visibility({name: x.sees for name, x in layouts.items()})
         locations = {name: m.timestep_location for name, m in modalities.items()}
-        self.flow = FlowMatching(flow, layouts, locations)
+        self.flow = FlowMatching(flow, layouts, locations, path)
         learns = stage.optimizer.vae_lr_ratio > 0
         self.learning = {name for name, x in modalities.items() if learns and not x.frozen}
         for name, modality in modalities.items():
