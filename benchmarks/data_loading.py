@@ -100,7 +100,8 @@ class Loading:
         mixture = Mixture([feed], batch_size=self.batch, seed=0, stage="joint", workers=workers)
         step = 0
         while True:
-            yield mixture.batch(step)
+            (examples,) = mixture.batch(step)
+            yield examples
             step += 1
 
     def webdataset(self, workers: int) -> Iterator[Sequence[object]]:
