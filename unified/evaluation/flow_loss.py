@@ -20,11 +20,10 @@ from torch import Tensor
 from unified.data.streams import Prepared
 from unified.evaluation.reconstruction import posteriors
 from unified.flow.matching import FlowMatching, flow_errors
-from unified.generation.blocks import noisy_kind
 from unified.latents.modality import Latent
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import generator
-from unified.sequence.layout import Layout
+from unified.sequence.layout import Layout, noisy_kind
 from unified.sequence.packing import PackedBatch, Sample, pack
 from unified.sequence.task import Task
 from unified.sequence.visibility import Visibility, closure

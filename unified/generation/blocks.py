@@ -31,7 +31,7 @@ from unified.latents.modality import Latent
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
 from unified.randomness import generator
-from unified.sequence.layout import Layout, Segment, place
+from unified.sequence.layout import Layout, Segment, noisy_kind, place
 from unified.sequence.packing import PackedBatch, Sample, pack
 from unified.sequence.visibility import UNCONDITIONAL, Visibility, closure
 
@@ -87,17 +87,6 @@ class Generator:
         With `stop`, a request for which it answers True is dropped and the others go on without it.
         """
         return _Session(self, task, target, requests).blocks(sampler, stop)
-
-
-def noisy_kind(layout: Layout, target: str) -> str:
-    """The kind under which `target` is denoised: itself if it is noisy, else its noisy twin."""
-    candidates = [s.kind for s in layout.segments if target in (s.kind, s.copies)]
-    for kind in candidates:
-        if layout[kind].noise != "clean":
-            return kind
-    raise ValueError(
-        f"this task cannot generate {target}: it is neither noisy nor has a noisy twin"
-    )
 
 
 class _Session:
@@ -239,7 +228,7 @@ class _Session:
         starts = [self._start(i) for i in self.active]
         samples = [s.sample(self.task, self.target.kind) for s in starts]
         values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
-        clean = Layout((replace(self.target, noise="clean"),), {})
+        clean = Layout((replace(self.target, noise="clean", positions_of=None),), {})
         self.owner.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
         for i in self.active:
             self.committed[i] = len(self.latents[i])
