@@ -25,6 +25,7 @@ ROOMS = [
     {"generation"},
     {"likelihood"},
     {"data"},
+    {"shortcuts"},
     {"pipeline"},
     {"runs"},
     {"training", "training.objectives"},

@@ -6,11 +6,11 @@ resolved and the rest is validated by the class's own ``Config``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
-from unified.config.schema import Config, PluginPart, StageConfig
+from unified.config.schema import AlignmentConfig, Config, PluginPart, StageConfig
 from unified.errors import Keys, did_you_mean, validated
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def validate_plugins(config: Config, source: str = "", trust_remote_code: bool =
         _known(modality, config.modalities, "flow.timesteps", "modality")
     _validate_stages(config, sum(task.config.ratio for task in tasks.values()))
     for index, stage in enumerate(config.stages):
-        _validate_alignment(config, stage, trust_remote_code)
+        classes = {name: cls for name, (cls, _) in modalities.items()}
+        _validate_alignment(config, stage, classes, trust_remote_code)
         if stage.modality is not None:
             critic_plugins(modalities[stage.modality][0], stage, ("stages", str(index)), source)
 
@@ -102,13 +103,32 @@ def _validate_stages(config: Config, ratios: float) -> None:
             )
 
 
-def _validate_alignment(config: Config, stage: StageConfig, trust_remote_code: bool) -> None:
+def aligned(
+    alignment: AlignmentConfig, modalities: Mapping[str, type[Modality]], where: str = "alignment"
+) -> str:
+    """The modality whose features are aligned: the one that is named, or the only one whose items
+    are no texts. ValueError where that is none, or several."""
+    pictured = [name for name, cls in modalities.items() if not cls.is_text]
+    if not alignment.modality and len(pictured) != 1:
+        raise ValueError(
+            f"{where}.modality should name the modality that is aligned, since"
+            f" {len(pictured)} have items that are no texts; {did_you_mean('', modalities)}"
+        )
+    return alignment.modality or pictured[0]
+
+
+def _validate_alignment(
+    config: Config,
+    stage: StageConfig,
+    modalities: Mapping[str, type[Modality]],
+    trust_remote_code: bool,
+) -> None:
     """The features to align exist, and so does what they are aligned with."""
     alignment = stage.alignment
     if alignment is None:
         return
     where = f"stage {stage.name}, alignment"
-    _known(alignment.modality, config.modalities, where, "modality")
+    _known(aligned(alignment, modalities, where), config.modalities, where, "modality")
     depth = config.prior.multi_stream_depth + config.prior.single_stream_depth
     if alignment.layer > depth:
         raise ValueError(

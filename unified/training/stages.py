@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unified.config.plugins import critic_plugins, modality_plugins
+from unified.config.plugins import aligned, critic_plugins, modality_plugins
 from unified.config.schema import Config, StageConfig
 from unified.data.examples import Example
 from unified.data.fixed import fixed_examples
@@ -268,8 +268,10 @@ def _alignment(
     if stage.alignment is None:
         return None
     torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
-    modality = pipeline.modalities[stage.alignment.modality]
-    return Alignment.build(stage.alignment, modality, config.prior.width, trust_remote_code)
+    name = aligned(stage.alignment, {n: type(m) for n, m in pipeline.modalities.items()})
+    told = stage.alignment.model_copy(update={"modality": name})
+    modality = pipeline.modalities[name]
+    return Alignment.build(told, modality, config.prior.width, trust_remote_code)
 
 
 OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, bool], Objective]] = {

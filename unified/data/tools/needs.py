@@ -44,11 +44,7 @@ def needs(config: Config, trust_remote_code: bool = False) -> dict[str, Needs]:
     ValueError for a configuration whose parts do not fit.
     """
     validate_plugins(config, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        modalities = {
-            name: plugin.build(options, None)
-            for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
-        }
+    modalities = without_weights(config, trust_remote_code)
     uses: dict[str, dict[str, Callable[[Example], Any]]] = {n: {} for n in config.data.sources}
     for name, task in build_tasks(config, trust_remote_code).items():
         for source in task.config.sources:
@@ -57,6 +53,15 @@ def needs(config: Config, trust_remote_code: bool = False) -> dict[str, Needs]:
         for source in stage.sources if stage.modality else ():
             uses[source][f"stage {stage.name}"] = itemgetter(stage.modality)
     return {source: Needs(modalities, found) for source, found in uses.items()}
+
+
+def without_weights(config: Config, trust_remote_code: bool = False) -> dict[str, Modality]:
+    """The modalities of a configuration, which can read items and no more."""
+    with torch.device("meta"):
+        return {
+            name: plugin.build(options, None)
+            for name, (plugin, options) in modality_plugins(config, trust_remote_code).items()
+        }
 
 
 class _ReadOnce(Example):
