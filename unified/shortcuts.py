@@ -103,6 +103,10 @@ def texts(prompts: Sequence[str]) -> Sequence[str]:
 # ---- the command -------------------------------------------------------------------------------
 
 
+#: options that only shorthands have
+ONLY = frozenset({"prompt", "image", "task"})
+
+
 @dataclass(frozen=True)
 class Asked:
     """What `unified generate` is told by options that not every task has; the images are read."""

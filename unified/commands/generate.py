@@ -20,7 +20,7 @@ from unified.commands.options import (
     open_pipeline,
 )
 from unified.config.schema import GenerationConfig
-from unified.shortcuts import SHORTHANDS, Asked, Shorthand, read_image
+from unified.shortcuts import ONLY, SHORTHANDS, Asked, Shorthand, read_image
 
 if TYPE_CHECKING:
     from unified.latents.modality import Modality
@@ -198,7 +198,7 @@ def _item(modality: Modality, segment: Segment, value: str) -> Any:
 
 def _refuse_shorthands(task: str, asked: Asked) -> None:
     """`size` and `max_new_tokens` are no shorthands: they serve any task."""
-    for field in {"prompt", "image", "task"} & set(asked.options):
+    for field in sorted(ONLY & set(asked.options)):
         raise ValueError(
             f"{asked.options[field]} is a shorthand of {', '.join(SHORTHANDS)}, and does not go with"
             f" {'--given' if task in SHORTHANDS else task}: say --given NAME=..., with the names that"
