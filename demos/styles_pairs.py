@@ -67,9 +67,7 @@ def pairs(examples: Sequence[RawExample], seed: int = 0) -> Iterator[Members]:
             yield _members(example, record, *others[place])
 
 
-def _members(
-    target: RawExample, record: dict[str, Any], style: str, source: RawExample
-) -> Members:
+def _members(target: RawExample, record: dict[str, Any], style: str, source: RawExample) -> Members:
     told = {
         "name": record["name"],
         "from": style,

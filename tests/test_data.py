@@ -322,7 +322,9 @@ def test_an_example_may_have_several_items_of_a_modality(tmp_path):
     assert "source.letters" in example
     for absent in ("gone.letters", "b.letters", "source.image", "source.", "source"):
         assert absent not in example
-    with pytest.raises(ValueError, match=r"example k: no member for gone.letters \(.gone.txt, .gone.text\);"):
+    with pytest.raises(
+        ValueError, match=r"example k: no member for gone.letters \(.gone.txt, .gone.text\);"
+    ):
         example["gone.letters"]
     only = Example(RawExample("k", "s.tar", {"source.txt": b"s"}), MODALITIES)
     assert list(only) == ["source.letters"]

@@ -343,7 +343,9 @@ def test_a_folder_may_hold_further_items_by_name(tmp_path: Path) -> None:
         "two": "it has 2 source.images: two.source.png, two.source.webp",
         "only": "it has no image",
     }
-    pack(opened(folder, None, None), tmp_path / "plain", val_share=0)  # names that are not asked for
+    pack(
+        opened(folder, None, None), tmp_path / "plain", val_share=0
+    )  # names that are not asked for
     plain = read_shards(str(tmp_path / "plain" / "train-00000.tar"))
     assert {b"as art", None} == {e.members.get("txt") for e in plain}
     assert not [e for e in plain if any("." in ending for ending in e.members)]
@@ -360,7 +362,7 @@ def test_a_table_may_hold_further_items_by_name(tmp_path: Path) -> None:
     assert json.loads(example.members["json"]) == {"year": 3}
     with pytest.raises(ValueError, match=r"no modality holds 'source.sound'; known: image, text"):
         opened(table, None, None, **{"source.sound": "was"})
-    with pytest.raises(ValueError, match="say which column of .* or --item NAME.MODALITY=COLUMN"):
+    with pytest.raises(ValueError, match=r"say which column of .* or --item NAME.MODALITY=COLUMN"):
         opened(table, "is", None, "source")
     with pytest.raises(ValueError, match=r"an item's name has small letters, .* found 'So/x'"):
         opened(tmp_path, None, None, "So/x")
@@ -390,7 +392,15 @@ def test_a_modality_of_a_configuration_says_what_an_item_is(tmp_path: Path, caps
     fill(tmp_path, {"m.py": NOTE, "m.yaml": NOTES, "in/a.note": "abc", "in/a.txt": "three"})
     fill(tmp_path, {"in/b.note": "", "in/c.note": "xyz", "in/c.txt": "x", "in/d.txt": "alone"})
     fill(tmp_path, {"in/a.low.note": "cba", "in/e.note": "12"})
-    command = ["data", "pack", str(tmp_path / "in"), str(tmp_path / "out"), "--json", "--item", "low"]
+    command = [
+        "data",
+        "pack",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--json",
+        "--item",
+        "low",
+    ]
     asked = ["--config", str(tmp_path / "m.yaml"), "--trust-remote-code", "--val-share", "0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))

@@ -90,7 +90,7 @@ def editing(folder: Path, shard: str, steps: int):  # type: ignore[no-untyped-de
 
 def test_a_model_learns_to_edit(tmp_path: Path) -> None:
     (path,) = styles_pairs.write(tmp_path, [styles(tmp_path)])
-    config = editing(tmp_path, str(path), 60)
+    config = editing(tmp_path, str(path), 40)
     (report,) = check_config(config, workers=1)
     assert report.found.usable["task editing"] == 6
     assert not report.found.bad

@@ -152,7 +152,7 @@ def test_a_segment_is_found_by_its_name_or_its_letter():
     layout = on_the_source()
     assert layout.find("source") is layout.find("S") is layout["S"]
     assert layout.find("P").title == "P"
-    with pytest.raises(ValueError, match="no segment 'sauce' to give .*; did you mean source"):
+    with pytest.raises(ValueError, match=r"no segment 'sauce' to give .*; did you mean source"):
         layout.find("sauce")
 
 

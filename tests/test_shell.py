@@ -157,7 +157,11 @@ def test_a_task_of_a_plugin_is_no_other(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "given", "shorthand"),
     [
-        ("captioning", ("image=@red.png", "prompt=What?"), ("--image", "red.png", "--prompt", "What?")),
+        (
+            "captioning",
+            ("image=@red.png", "prompt=What?"),
+            ("--image", "red.png", "--prompt", "What?"),
+        ),
         ("captioning", ("image=@red.png",), ("--image", "red.png")),
         ("continuation", ("prompt=a big",), ("--prompt", "a big", "--steps", "3")),
     ],
@@ -176,7 +180,9 @@ def test_the_shorthand_says_the_same(
 def test_a_text_may_begin_with_the_sign_of_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "at.txt").write_text("@red")
     told = [
-        run("generate", "continuation", *MODEL, "--given", f"prompt={word}", "--max-new-tokens", "5")
+        run(
+            "generate", "continuation", *MODEL, "--given", f"prompt={word}", "--max-new-tokens", "5"
+        )
         for word in ("@@red", f"@{tmp_path / 'at.txt'}", "red")
     ]
     assert told[0] == told[1]
@@ -187,7 +193,9 @@ def test_text_to_image_by_names(run: Run, tmp_path: Path) -> None:
     run("generate", "text_to_image", *MODEL, "--given", "prompt=red", "--output", str(one))
     run("generate", "text_to_image", *MODEL, "--prompt", "red", "--output", str(two))
     assert one.read_bytes() == two.read_bytes()
-    run("generate", "text_to_image", *MODEL, "--given", "C=red", "--size", "8", "--output", str(two))
+    run(
+        "generate", "text_to_image", *MODEL, "--given", "C=red", "--size", "8", "--output", str(two)
+    )
     assert Image.open(two).size == (8, 8)
 
 
@@ -200,16 +208,31 @@ OUT = ("--output", "x.png")
         (("edit", *EDIT, *OUT), "this model has no task 'edit'; did you mean editing?"),
         (("editing", *OUT), "editing needs source, prompt: say --given source=..."),
         (("editing", *EDIT[:2], *OUT), "editing needs prompt: say --given prompt=..."),
-        (("editing", *EDIT, "--given", "I=@red.png", *OUT), "editing takes no 'I'; known: prompt, sou"),
+        (
+            ("editing", *EDIT, "--given", "I=@red.png", *OUT),
+            "editing takes no 'I'; known: prompt, sou",
+        ),
         (("editing", *EDIT, "--given", "sorce=x", *OUT), "takes no 'sorce'; did you mean source?"),
         (("editing", *EDIT, "--given", "P=more", *OUT), "prompt is given twice, .* as 'P=more'"),
-        (("editing", "--given", "red.png", *OUT), "should read NAME=TEXT or NAME=@FILE, found 'red"),
-        (("editing", "--given", "source=red.png", *OUT), "source is no text .* --given source=@FILE"),
+        (
+            ("editing", "--given", "red.png", *OUT),
+            "should read NAME=TEXT or NAME=@FILE, found 'red",
+        ),
+        (
+            ("editing", "--given", "source=red.png", *OUT),
+            "source is no text .* --given source=@FILE",
+        ),
         (("editing", "--given", "source=@gone.png", *OUT), "--given source: there is no file gone"),
         (("editing", *EDIT), "what is made is no text to print: name a file for it with --output"),
-        (("editing", *EDIT, "--output", "x"), "--output should end in an image format such as .png"),
+        (
+            ("editing", *EDIT, "--output", "x"),
+            "--output should end in an image format such as .png",
+        ),
         (("editing", *EDIT, "--output", "no/x.png"), "--output no/x.png: there is no folder no"),
-        (("editing", *EDIT, *OUT, "--prompt", "x"), "--prompt is a shorthand of continuation, capt"),
+        (
+            ("editing", *EDIT, *OUT, "--prompt", "x"),
+            "--prompt is a shorthand of continuation, capt",
+        ),
         (("vqa", "--image", "red.png"), "--image is a shorthand .* unified show task vqa"),
         (("vqa", "--given", "image=@red.png"), "vqa needs prompt"),
         (("captioning", "--given", "image=@red.png", "--task", "vqa"), "does not go with --given"),
@@ -218,7 +241,10 @@ OUT = ("--output", "x.png")
         (("continuation", "--prompt", "a", "--prompt", "b", "--output", "f"), "but 2 texts are to"),
         (("captioning", "--image", "red.png", "--size", "3"), "captioning takes no --size"),
         (("text_to_image", "--prompt", "a"), "name a file for it with --output"),
-        (("text_to_image", "--prompt", "a", *OUT, "--max-new-tokens", "3"), "takes no --max-new-tok"),
+        (
+            ("text_to_image", "--prompt", "a", *OUT, "--max-new-tokens", "3"),
+            "takes no --max-new-tok",
+        ),
     ],
 )
 def test_a_mistake_is_found_before_weights_are_read(
@@ -243,7 +269,9 @@ def test_an_edited_picture_is_as_large_as_its_source() -> None:
     given = [{"source": Image.new("RGB", (16, 8)), "prompt": "x"}]
     (image,) = pipeline.generate("editing", given, seed=0)
     assert image.size == (16, 8)
-    with pytest.raises(ValueError, match=r"as large as its source, of 1 x 2 latents, but the size 8"):
+    with pytest.raises(
+        ValueError, match=r"as large as its source, of 1 x 2 latents, but the size 8"
+    ):
         pipeline.generate("editing", given, size=8)
     (same,) = pipeline.generate("editing", given, size=(8, 16), seed=0)
     assert same.tobytes() == image.tobytes()
@@ -253,7 +281,9 @@ def test_items_are_named_once() -> None:
     pipeline = loaded()
     with pytest.raises(ValueError, match="segment P is given twice, the second time as prompt"):
         pipeline.generate("captioning", [{"P": "a", "prompt": "b"}])
-    with pytest.raises(ValueError, match="no segment 'N' to give an item for; known: answer, image"):
+    with pytest.raises(
+        ValueError, match="no segment 'N' to give an item for; known: answer, image"
+    ):
         pipeline.generate("captioning", [{"N": "a"}])
 
 
@@ -267,7 +297,7 @@ def test_the_task_that_goes_on_with_a_text_is_scored_whatever_its_name() -> None
         tiny.randomise(made.prior)
         scores += made.score(["a big"], num_samples=2, num_steps=2)
     assert scores[0] == scores[1]
-    tasks = {name: tiny.TASKS["continuation"] for name in ("story", "poem")}
+    tasks = dict.fromkeys(("story", "poem"), tiny.TASKS["continuation"])
     two = tiny.pipeline(tiny.config(tasks=tasks))
     with pytest.raises(ValueError, match="this model has several that do, story, poem: name one"):
         two.score(["a"])
@@ -325,14 +355,14 @@ class Gradio(ModuleType):
         self.clicked: list[tuple[Any, list[Any], Any]] = []
         self.Error = type("Error", (Exception,), {})
 
-    def Blocks(self, **_: Any) -> Any:
+    def Blocks(self, **_: Any) -> Any:  # noqa: N802
         return nullcontext()
 
-    def Tab(self, label: str) -> Any:
+    def Tab(self, label: str) -> Any:  # noqa: N802
         self.made.append(("Tab", {"label": label}))
         return nullcontext()
 
-    def Button(self, _: str) -> Any:
+    def Button(self, _: str) -> Any:  # noqa: N802
         click = lambda run, inputs, out: self.clicked.append((run, inputs, out))  # noqa: E731
         return type("Button", (), {"click": staticmethod(click)})
 

@@ -215,7 +215,7 @@ class UnifiedPipeline:
         return self.tasks[name]
 
     def new_tokens(self, asked: int | None = None) -> int:
-        """How many tokens a text gets at most: what is asked for, or what the configuration says."""
+        """The most tokens that a text gets: what is asked for, or what the configuration says."""
         return self.config.generation.max_new_tokens if asked is None else asked
 
     def usual_size(self, task: str) -> int | None:

@@ -150,9 +150,7 @@ class Shorthand:
             raise ValueError(f"{name} takes one --prompt, found {len(asked.prompt)}")
 
 
-def _continue(
-    pipeline: UnifiedPipeline, asked: Asked, settings: Mapping[str, Any]
-) -> list[str]:
+def _continue(pipeline: UnifiedPipeline, asked: Asked, settings: Mapping[str, Any]) -> list[str]:
     return pipeline.continue_text(list(asked.prompt), **settings)
 
 
@@ -167,9 +165,7 @@ def _paint(pipeline: UnifiedPipeline, asked: Asked, settings: Mapping[str, Any])
 
 
 SHORTHANDS: Mapping[str, Shorthand] = {
-    CONTINUATION: Shorthand(
-        frozenset({"prompt"}), frozenset({"max_new_tokens"}), TEXT, _continue
-    ),
+    CONTINUATION: Shorthand(frozenset({"prompt"}), frozenset({"max_new_tokens"}), TEXT, _continue),
     CAPTIONING: Shorthand(
         frozenset({"image"}), frozenset({"prompt", "task", "max_new_tokens"}), TEXT, _caption
     ),

@@ -76,7 +76,7 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Generate an item by any task of a checkpoint, e.g. text_to_image, captioning, continuation."""
+    """Generate an item by any task of a checkpoint: text_to_image, captioning, continuation, ..."""
     options = given(
         GenerationConfig,
         settings,
@@ -164,9 +164,7 @@ def _words(
         _check_word(known[word], value, classes[known[word].modality])
         found[known[word].kind] = known[word], value
     missing = [
-        s.title
-        for s in task.given
-        if s.kind not in {*found, *task.defaults, task.continues}
+        s.title for s in task.given if s.kind not in {*found, *task.defaults, task.continues}
     ]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}: say --given {missing[0]}=...")
@@ -177,8 +175,8 @@ def _check_word(segment: Segment, value: str, cls: type[Modality]) -> None:
     file = value.startswith(FILE) and not value.startswith(FILE * 2)
     if not file and not cls.is_text:
         raise ValueError(
-            f"{segment.title} is no text but of the modality {segment.modality}: name a file, --given"
-            f" {segment.title}={FILE}FILE"
+            f"{segment.title} is no text but of the modality {segment.modality}: name a file,"
+            f" --given {segment.title}={FILE}FILE"
         )
     if file and not Path(value[1:]).is_file():
         raise FileNotFoundError(f"--given {segment.title}: there is no file {value[1:]}")
@@ -200,9 +198,9 @@ def _refuse_shorthands(task: str, asked: Asked) -> None:
     """`size` and `max_new_tokens` are no shorthands: they serve any task."""
     for field in sorted(ONLY & set(asked.options)):
         raise ValueError(
-            f"{asked.options[field]} is a shorthand of {', '.join(SHORTHANDS)}, and does not go with"
-            f" {'--given' if task in SHORTHANDS else task}: say --given NAME=..., with the names that"
-            f" unified show task {task} lists"
+            f"{asked.options[field]} is a shorthand of {', '.join(SHORTHANDS)}, and does not go"
+            f" with {'--given' if task in SHORTHANDS else task}: say --given NAME=..., with the"
+            f" names that unified show task {task} lists"
         )
 
 

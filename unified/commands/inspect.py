@@ -65,9 +65,7 @@ def logsnr(
     from unified.evaluation.reconstruction import posteriors
     from unified.evaluation.robustness import log_snr
 
-    name, measured, observations = _observed(
-        checkpoint, modality, shards, limit, trust_remote_code
-    )
+    name, measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
     value = log_snr(posteriors(measured, observations))
     told = {"modality": name, "items": len(observations), "log_snr": value}
     print(json.dumps(told) if as_json else f"{value:.3f} nats over {len(observations)} items")

@@ -45,8 +45,8 @@ def shortened(layout: Layout, block: int) -> Layout:
 
 
 def parse_lengths(text: str, layout: Layout) -> dict[str, int]:
-    """``P=3,C=6`` as lengths by kind; a segment left out is as long as the one on whose positions it
-    lies, or gets two blocks, or two latents."""
+    """``P=3,C=6`` as lengths by kind; a segment left out is as long as the one on whose positions
+    it lies, or gets two blocks, or two latents."""
     told: dict[str, int] = {}
     for pair in filter(None, text.split(",")):
         word, _, number = (part.strip() for part in pair.partition("="))

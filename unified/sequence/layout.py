@@ -62,9 +62,10 @@ class Layout:
             if s.copies is not None and self[s.copies].block != s.block:
                 raise ValueError(f"segment {s.kind} must have the block length of {s.copies}")
             if s.positions_of is not None and (s.copies or s.positions_of not in kinds[:place]):
+                twin = " (and a twin has those of what it copies)" if s.copies else ""
                 raise ValueError(
                     f"segment {s.kind} lies on the positions of {s.positions_of}, which should be a"
-                    f" segment before it{' (and a twin has those of what it copies)' * bool(s.copies)}"
+                    f" segment before it{twin}"
                 )
         unknown = {k for q in self.sees for k in (q, *self.sees[q])} - set(kinds)
         if unknown or len(set(kinds)) < len(kinds):

@@ -60,8 +60,8 @@ def pack(
     Each shard holds `shard_size` examples, the last one of a split fewer; one appears under its
     name when it is complete. `shuffle` is the seed of another order. Examples that cannot be used
     are left out; `readers` (by ending) look at members beside images, texts and records, and raise
-    ValueError for bytes that are none. ValueError if nothing is left, or if `out` holds shards and `overwrite` is false;
-    else shards that were there before are replaced or removed.
+    ValueError for bytes that are none. ValueError if nothing is left, or if `out` holds shards and
+    `overwrite` is false; else shards that were there before are replaced or removed.
     """
     before = sorted(p.name for p in out.glob("*.tar") if SHARD.fullmatch(p.name))
     if before and not overwrite:
