@@ -31,14 +31,17 @@ def test_every_decision_is_in_the_index() -> None:
     assert re.findall(r"\(decisions/(.+?)\)", index)[-len(written) :] == written
 
 
-def test_the_segments_of_the_infilling_page_are_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("infilling:Infilling", "B=2,A=2,C=4"), ("editing", "")]
+)
+def test_the_tasks_of_the_page_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lengths: str
 ) -> None:
     (tmp_path / "infilling.py").write_text(block("add_a_task.md", "python", "`infilling.py`:"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    task = find_task("infilling:Infilling", trust_remote_code=True)
+    task = find_task(name, trust_remote_code=True)
     layout = shortened(task.layout, 2)
-    shown = show_task(layout, parse_lengths("B=2,A=2,C=4", layout), task=task)
+    shown = show_task(layout, parse_lengths(lengths, layout), task=task)
     assert f"\n{shown}\n```" in (ROOT / "docs" / "add_a_task.md").read_text("utf-8")
 
 

@@ -237,6 +237,7 @@ OUT = ("--output", "x.png")
         (("vqa", "--given", "image=@red.png"), "vqa needs prompt"),
         (("captioning", "--given", "image=@red.png", "--task", "vqa"), "does not go with --given"),
         (("continuation", "--image", "red.png"), "continuation takes no --image"),
+        (("text_to_image", "--prompt", "a", "--prompt", "b", *OUT), "takes one --prompt, found 2"),
         (("continuation",), "continuation needs --prompt, or --given for each segment"),
         (("continuation", "--prompt", "a", "--prompt", "b", "--output", "f"), "but 2 texts are to"),
         (("captioning", "--image", "red.png", "--size", "3"), "captioning takes no --size"),

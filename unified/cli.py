@@ -57,7 +57,7 @@ for _name, _group in {
     "convert": convert,
 }.items():
     app.add_typer(_group.app, name=_name)
-app.command("generate")(generate.generate)
+app.command("generate", no_args_is_help=True)(generate.generate)
 app.command("plan")(plan.plan)
 
 

@@ -130,11 +130,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shorthand:
-    """A task with options of its own: those it needs and may have, the modality that it makes, and
-    what it does with them."""
+    """A task with options of its own: the one it needs, those it may have, the one that may be
+    repeated, the modality that it makes, and what it does with them."""
 
-    needs: frozenset[str]
+    needs: str
     takes: frozenset[str]
+    repeats: str | None
     makes: str
     run: Callable[[UnifiedPipeline, Asked, Mapping[str, Any]], list[Any]]
 
@@ -142,12 +143,13 @@ class Shorthand:
         """ValueError for an option that is missing, that the task does not have, or that may not be
         repeated."""
         for field, option in asked.options.items():
-            if field not in self.needs | self.takes:
+            if field != self.needs and field not in self.takes:
                 raise ValueError(f"{name} takes no {option}")
-        for field in sorted(self.needs - set(asked.options)):
-            raise ValueError(f"{name} needs --{field}, or --given for each segment")
-        if len(asked.prompt) > 1 and self is not SHORTHANDS[CONTINUATION]:
-            raise ValueError(f"{name} takes one --prompt, found {len(asked.prompt)}")
+            value = getattr(asked, field)
+            if isinstance(value, list) and len(value) > 1 and field != self.repeats:
+                raise ValueError(f"{name} takes one {option}, found {len(value)}")
+        if self.needs not in asked.options:
+            raise ValueError(f"{name} needs --{self.needs}, or --given for each segment")
 
 
 def _continue(pipeline: UnifiedPipeline, asked: Asked, settings: Mapping[str, Any]) -> list[str]:
@@ -165,11 +167,11 @@ def _paint(pipeline: UnifiedPipeline, asked: Asked, settings: Mapping[str, Any])
 
 
 SHORTHANDS: Mapping[str, Shorthand] = {
-    CONTINUATION: Shorthand(frozenset({"prompt"}), frozenset({"max_new_tokens"}), TEXT, _continue),
+    CONTINUATION: Shorthand("prompt", frozenset({"max_new_tokens"}), "prompt", TEXT, _continue),
     CAPTIONING: Shorthand(
-        frozenset({"image"}), frozenset({"prompt", "task", "max_new_tokens"}), TEXT, _caption
+        "image", frozenset({"prompt", "task", "max_new_tokens"}), "image", TEXT, _caption
     ),
-    TEXT_TO_IMAGE: Shorthand(frozenset({"prompt"}), frozenset({"size"}), IMAGE, _paint),
+    TEXT_TO_IMAGE: Shorthand("prompt", frozenset({"size"}), None, IMAGE, _paint),
 }
 
 

@@ -138,7 +138,8 @@ class Modality(nn.Module, ABC):
     is_text: ClassVar[bool] = False
     #: what a size of `grid_for` counts (tokens, pixels of a side)
     unit: ClassVar[str] = "latents"
-    #: the component of a page that shows an item by its file: a class of gradio
+    #: the component of a page that shows an item by its file: a class of gradio that takes
+    #: ``type="filepath"`` (that of a text holds the text)
     component: ClassVar[str] = "File"
     config: Any
 
