@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -78,11 +79,12 @@ def test_the_command_says_what_it_cannot_use(
     assert capsys.readouterr().out == f"{tmp_path / 'out' / 'val-00000.tar'}\n"
 
 
-def editing(folder: Path, shard: str, steps: int):  # type: ignore[no-untyped-def]
+def editing(folder: Path, shard: str, steps: int) -> Any:
+    fast = {"batch_size": 8, "optimizer": {"lr": 1e-2, "warmup_steps": 2}}
     stages = [
         tiny.autoencoder("text", steps=1),
-        tiny.autoencoder("image", steps=1),
-        tiny.joint(steps=steps, batch_size=8, optimizer={"lr": 1e-2, "warmup_steps": 2}),
+        tiny.autoencoder("image", steps=steps, **fast),
+        tiny.joint(steps=steps, **fast),
     ]
     tasks = {"editing": {"type": "editing", "source": "s"}}
     return tiny.config(folder / "run", shard, tasks=tasks, stages=stages)
@@ -90,7 +92,7 @@ def editing(folder: Path, shard: str, steps: int):  # type: ignore[no-untyped-de
 
 def test_a_model_learns_to_edit(tmp_path: Path) -> None:
     (path,) = styles_pairs.write(tmp_path, [styles(tmp_path)])
-    config = editing(tmp_path, str(path), 40)
+    config = editing(tmp_path, str(path), 50)
     (report,) = check_config(config, workers=1)
     assert report.found.usable["task editing"] == 6
     assert not report.found.bad
