@@ -58,9 +58,9 @@ class Captioning(Task):
         given = {"P": ALL, "I": ALL}
         return Layout(
             segments=(
-                Segment("P", text),
-                Segment("I", self.config.observes),
-                Segment("C", text, block=block),
+                Segment("P", text, name="prompt"),
+                Segment("I", self.config.observes, name=self.config.observes),
+                Segment("C", text, block=block, name="answer"),
                 Segment("N", text, noise="block", copies="C", block=block),
             ),
             sees={
@@ -75,6 +75,11 @@ class Captioning(Task):
     @property
     def generates(self) -> str:
         return "C"
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The instruction, unless every example has a question of its own."""
+        return {} if self.config.question else {"P": self.config.instruction}
 
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
         text, question = self.config.text, self.config.question

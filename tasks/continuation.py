@@ -47,7 +47,7 @@ class Continuation(Task):
         text, block = self.config.text, self.config.block
         return Layout(
             segments=(
-                Segment("C", text, block=block),
+                Segment("C", text, block=block, name="prompt"),
                 Segment("N", text, noise="block", copies="C", block=block),
             ),
             sees={"C": {"C": UP_TO}, "N": {"C": BEFORE, "N": SAME}},

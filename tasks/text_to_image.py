@@ -53,8 +53,8 @@ class TextToImage(Task):
         text, block, weight = self.config.text, self.config.block, self.config.caption_weight
         return Layout(
             segments=(
-                Segment("C", text, block=block),
-                Segment("I", self.config.paints, noise="segment"),
+                Segment("C", text, block=block, name="prompt"),
+                Segment("I", self.config.paints, noise="segment", name=self.config.paints),
                 Segment("N", text, noise="block", copies="C", block=block, weight=weight),
             ),
             sees={

@@ -28,7 +28,7 @@ from unified.data.mixture import Feed, Mixture
 from unified.data.order import Order
 from unified.data.prefetch import prefetch
 from unified.data.remote import Access
-from unified.data.shards import read_shards
+from unified.data.shards import RawExample, read_shards
 from unified.data.source import Source
 from unified.data.streams import ItemStream, Prepared, TaskStream
 from unified.randomness import generator
@@ -315,6 +315,38 @@ def test_an_example_maps_modalities_to_items(tmp_path):
         _ = wrong.metadata
     with pytest.raises(KeyError):
         both["sound"]
+
+
+class Points(Letters):
+    """Another modality of the same endings, and one with a dot in it."""
+
+    extensions = ("seg.txt", "txt")
+
+
+def test_an_example_may_have_several_items_of_a_modality(tmp_path):
+    members = {"source.txt": b"s", "txt": b"t", "a.b.txt": b"x", "json": b"{}", "b.md": b"?"}
+    (raw,) = read_shards(write(tmp_path / "s.tar", {"k": members}))
+    assert set(raw.members) == set(members)
+    example = Example(raw, MODALITIES)
+    assert [example[name] for name in ("letters", "source.letters", "a.b.letters")] == list("tsx")
+    assert list(example) == ["letters", "a.b.letters", "source.letters"]
+    assert "source.letters" in example
+    for absent in ("gone.letters", "b.letters", "source.image", "source.", "source"):
+        assert absent not in example
+    with pytest.raises(
+        ValueError, match=r"example k: no member for gone.letters \(.gone.txt, .gone.text\);"
+    ):
+        example["gone.letters"]
+    only = Example(RawExample("k", "s.tar", {"source.txt": b"s"}), MODALITIES)
+    assert list(only) == ["source.letters"]
+    assert "letters" not in only
+
+
+def test_an_ending_of_a_modality_is_no_name_of_an_item():
+    raw = RawExample("k", "s.tar", {"seg.txt": b"p", "txt": b"t"})
+    example = Example(raw, {**MODALITIES, "points": Points()})
+    assert list(example) == ["letters", "points"]  # and not "seg.letters"
+    assert (example["letters"], example["points"]) == ("t", "p")
 
 
 def test_a_task_stream_observes_every_segment(tmp_path):

@@ -17,8 +17,9 @@ import tiny
 import yaml
 from PIL import Image
 
-from unified import cli
+from unified import cli, shortcuts
 from unified.config.loading import load_config
+from unified.config.registry import resolve
 from unified.data import members
 from unified.data.examples import Example
 from unified.data.shards import read_shards
@@ -34,6 +35,14 @@ SCRIPTS = {
     "emoji": "🐈‍⬛ a cat",
 }
 GIGANTIC = "a cat and " * 20_000
+
+
+KINDS = {name: resolve("modality", name) for name in ("text", "image")}
+
+
+def opened(source: Path, image: str | None, text: str | None, *items: str, **columns: str) -> Any:
+    """`source` with an image column and a text column, and what else is named."""
+    return open_input(source, KINDS, shortcuts.columns(image, text) | columns, items)
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -124,7 +133,7 @@ def packed_shards(out: Path) -> list[Path]:
 
 def test_a_folder_is_packed_and_what_is_bad_is_named(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    told = pack(open_input(pictures, None, None), out, shard_size=4, val_share=0)
+    told = pack(opened(pictures, None, None), out, shard_size=4, val_share=0)
     assert {b.name for b in told.left_out} == set(LEFT_OUT)
     for bad in told.left_out:
         assert LEFT_OUT[bad.name] in bad.reason
@@ -143,7 +152,7 @@ def test_a_folder_is_packed_and_what_is_bad_is_named(pictures: Path, tmp_path: P
 
 def test_what_was_packed_is_good_for_training(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    pack(open_input(pictures, None, None), out, val_share=0)
+    pack(opened(pictures, None, None), out, val_share=0)
     shard = str(out / "train-00000.tar")
     image = {**tiny.IMAGE, "max_size": 64}
     config = tiny.config(shard=shard, modalities={"text": tiny.TEXT, "image": image})
@@ -164,7 +173,7 @@ def test_what_was_packed_is_good_for_training(pictures: Path, tmp_path: Path) ->
 
 
 def test_the_same_input_gives_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
-    source = open_input(pictures, None, None)
+    source = opened(pictures, None, None)
     runs = [
         {**{"shard_size": 3, "val_share": 0.3, "shuffle": seed}, "workers": workers}
         for seed, workers in ((None, 1), (None, 3), (5, 1), (5, 3))
@@ -184,7 +193,7 @@ def test_keys_and_splits_stay_when_others_are_added_or_the_order_changes(tmp_pat
     def split(name: str, count: int, **options: Any) -> dict[str, dict[bytes, str]]:
         table = tmp_path / f"{name}.jsonl"
         table.write_text("".join(f'{{"t": "text {i}"}}\n' for i in range(count)))
-        told = pack(open_input(table, None, "t"), tmp_path / name, val_share=0.3, **options)
+        told = pack(opened(table, None, "t"), tmp_path / name, val_share=0.3, **options)
         return {
             s: {e.members["txt"]: e.key for e in read_shards([f"{tmp_path}/{name}/{x}" for x in n])}
             for s, n in told.shards.items()
@@ -200,12 +209,12 @@ def test_keys_and_splits_stay_when_others_are_added_or_the_order_changes(tmp_pat
 def test_shards_are_not_overwritten_unless_asked(tmp_path: Path) -> None:
     source = fill(tmp_path / "in", {f"{i}.txt": str(i) for i in range(6)})
     out = tmp_path / "out"
-    pack(open_input(source, None, None), out, shard_size=1, val_share=0)
+    pack(opened(source, None, None), out, shard_size=1, val_share=0)
     before = {p.name: p.read_bytes() for p in packed_shards(out)}
     with pytest.raises(ValueError, match=r"out holds shards already \(train-00000.tar\)"):
-        pack(open_input(source, None, None), out)
+        pack(opened(source, None, None), out)
     assert {p.name: p.read_bytes() for p in packed_shards(out)} == before
-    pack(open_input(source, None, None), out, shard_size=4, val_share=0, overwrite=True)
+    pack(opened(source, None, None), out, shard_size=4, val_share=0, overwrite=True)
     assert [p.name for p in packed_shards(out)] == ["train-00000.tar", "train-00001.tar"]
     assert len(read_shards(f"{out}/train-{{00000..00001}}.tar")) == 6
 
@@ -243,7 +252,7 @@ def test_a_table_names_its_columns(tmp_path: Path) -> None:
     ]
     text = "\n\n".join(json.dumps(row) for row in rows) + "\n{broken\n"
     table = fill(tmp_path / "t", {"t.jsonl": text}) / "t.jsonl"
-    told = pack(open_input(table, "file", "caption"), tmp_path / "out", val_share=0)
+    told = pack(opened(table, "file", "caption"), tmp_path / "out", val_share=0)
     (example,) = read_shards(str(tmp_path / "out" / "train-00000.tar"))
     assert example.key == "000000000"
     assert example.members["png"] == image
@@ -272,13 +281,13 @@ def test_a_parquet_table_may_hold_the_images(
     table.touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"t\.parquet: parquet needs pyarrow; pip install pyarrow"):
-        open_input(table, "image", None)
+        opened(table, "image", None)
     images = odd_images()
     rows = [{"image": images["turned.JPG"], "n": 1}, {"image": {"bytes": images["moving.gif"]}}]
     arrow = types.ModuleType("pyarrow")
     arrow.parquet = types.SimpleNamespace(read_table=lambda path: _Table(rows))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    pack(open_input(table, "image", None), tmp_path, val_share=0)
+    pack(opened(table, "image", None), tmp_path, val_share=0)
     first, second = read_shards(str(tmp_path / "train-00000.tar"))
     assert first.members == {"jpg": images["turned.JPG"], "json": b'{"n": 1}'}
     assert second.members == {"gif": images["moving.gif"]}
@@ -313,9 +322,119 @@ def test_what_cannot_be_packed_is_told(
 ) -> None:
     fill(tmp_path, {"t.csv": "t\n", "t.jsonl": '{"t": "x"}\n', "folder/.keep": ""})
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        pack(open_input(tmp_path / name, *columns), tmp_path / "out")
+        pack(opened(tmp_path / name, *columns), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
+
+def test_a_folder_may_hold_further_items_by_name(tmp_path: Path) -> None:
+    red, blue = (encoded(Image.new("RGB", (32, 32), colour), "PNG") for colour in ("red", "blue"))
+    files: dict[str, bytes | str] = {"cat.png": red, "cat.Source.webp": blue, "cat.txt": "as art"}
+    files |= {"dog.png": red, "dog.source.txt": "what it was", "dog.old.source.png": blue}
+    files |= {"two.png": red, "two.source.png": red, "two.source.webp": blue}
+    files |= {"bad.png": red, "bad.source.png": b"no image", "only.source.png": red}
+    folder = fill(tmp_path / "in", files)
+    told = pack(opened(folder, None, None, "source", "old.source"), tmp_path / "out", val_share=0)
+    cat, dog = read_shards(str(tmp_path / "out" / "train-00000.tar"))
+    assert cat.members == {"png": red, "source.webp": blue, "txt": b"as art"}
+    assert dog.members == {"png": red, "source.txt": b"what it was", "old.source.png": blue}
+    reasons = {b.name: b.reason for b in told.left_out}
+    assert reasons.pop("bad").startswith(".source.png: 8 bytes are no WebP")
+    assert reasons == {
+        "two": "it has 2 source.images: two.source.png, two.source.webp",
+        "only": "it has no image",
+    }
+    pack(
+        opened(folder, None, None), tmp_path / "plain", val_share=0
+    )  # names that are not asked for
+    plain = read_shards(str(tmp_path / "plain" / "train-00000.tar"))
+    assert {b"as art", None} == {e.members.get("txt") for e in plain}
+    assert not [e for e in plain if any("." in ending for ending in e.members)]
+
+
+def test_a_table_may_hold_further_items_by_name(tmp_path: Path) -> None:
+    image = tiny.as_png(tiny.square(tiny.CAPTIONS[0]))
+    row = {"was": "a.png", "is": "b.png", "told": "as art", "why": "no reason", "year": 3}
+    table = fill(tmp_path, {"a.png": image, "b.png": image, "t.jsonl": json.dumps(row)}) / "t.jsonl"
+    columns = {"source.image": "was", "why.text": "why"}
+    pack(opened(table, "is", "told", **columns), tmp_path / "out", val_share=0)
+    (example,) = read_shards(str(tmp_path / "out" / "train-00000.tar"))
+    assert set(example.members) == {"png", "txt", "source.png", "why.txt", "json"}
+    assert json.loads(example.members["json"]) == {"year": 3}
+    with pytest.raises(ValueError, match=r"no modality holds 'source.sound'; known: image, text"):
+        opened(table, None, None, **{"source.sound": "was"})
+    with pytest.raises(ValueError, match=r"say which column of .* or --item NAME.MODALITY=COLUMN"):
+        opened(table, "is", None, "source")
+    with pytest.raises(ValueError, match=r"an item's name has small letters, .* found 'So/x'"):
+        opened(tmp_path, None, None, "So/x")
+
+
+def test_checking_understands_named_items(tmp_path: Path) -> None:
+    image = tiny.as_png(tiny.square(tiny.CAPTIONS[0]))
+    good = {"png": image, "source.png": image, "txt": b"as art"}
+    shard = str(tmp_path / "s.tar")
+    lame = good | {"source.png": image[: len(image) // 2]}
+    plain = {"png": image, "txt": b"a cat"}
+    write_shard(Path(shard), [("0", good), ("1", lame), ("2", plain), ("3", good | {"w.txt": b""})])
+    (found,) = check_shards([shard], workers=1)
+    assert [(b.key, b.reason) for b in found.found.bad] == [("3", ".w.txt: it is empty (0 bytes)")]
+    assert found.found.members["source.png"] == 3
+    assert sum(found.found.sizes.values()) == 7
+    tasks = {"editing": {"type": "editing", "source": "s"}, **tiny.TASKS}
+    (found,) = check_config(tiny.config(shard=shard, tasks=tasks), workers=1)
+    assert found.found.usable["task editing"] == 2
+    assert found.found.usable["task captioning"] == 4
+    told = {b.key: b.reason for b in found.found.bad}
+    assert "damaged" in told["1"]
+    assert told["2"].startswith("no good for task editing: editing needs an example with 'source.")
+
+
+def test_a_modality_of_a_configuration_says_what_an_item_is(tmp_path: Path, capsys: Any) -> None:
+    fill(tmp_path, {"m.py": NOTE, "m.yaml": NOTES, "in/a.note": "abc", "in/a.txt": "three"})
+    fill(tmp_path, {"in/b.note": "", "in/c.note": "xyz", "in/c.txt": "x", "in/d.txt": "alone"})
+    fill(tmp_path, {"in/a.low.note": "cba", "in/e.note": "12"})
+    command = [
+        "data",
+        "pack",
+        str(tmp_path / "in"),
+        str(tmp_path / "out"),
+        "--json",
+        "--item",
+        "low",
+    ]
+    asked = ["--config", str(tmp_path / "m.yaml"), "--trust-remote-code", "--val-share", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, *asked])
+    assert not end.value.code
+    told = json.loads(capsys.readouterr().out)
+    assert told["examples"] == {"train": 2, "val": 0}
+    reasons = {b["name"]: b["reason"] for b in told["left_out"]}
+    assert reasons["b"] == ".note: it is empty (0 bytes)"
+    assert reasons["d"] == "it has no note"
+    assert reasons["e"] == "a note has three letters, found 2"
+    first, _ = read_shards(str(tmp_path / "out" / "train-00000.tar"))
+    assert first.members == {"low.note": b"cba", "note": b"abc", "txt": b"three"}
+
+
+NOTE = """
+from unified.modalities.text.modality import TextModality
+
+class Note(TextModality):
+    extensions, is_text = ("note",), False
+
+    def read(self, data):
+        if len(data) != 3:
+            raise ValueError(f"a note has three letters, found {len(data)}")
+        return data.decode()
+"""
+NOTES = yaml.safe_dump(
+    {
+        "modalities": {"text": tiny.TEXT, "note": {**tiny.TEXT, "type": "m:Note"}},
+        "tasks": {},
+        "data": {},
+    }
+)
 
 # ---- checking ----------------------------------------------------------------------------------
 
@@ -449,7 +568,7 @@ def test_a_report_counts(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_scanned_as_training_reads_it(tmp_path: Path) -> None:
-    files = [("dir.x/0.TXT", b"a"), ("dir.x/0.seg.png", b"b"), ("noending", b"c"), ("1.txt", b"d")]
+    files = [("dir.x/0.TXT", b"a"), ("dir.x/0.seg.bin", b"b"), ("noending", b"c"), ("1.txt", b"d")]
     url = tiny.write_shard(tmp_path / "s.tar", files)
     seen: list[Any] = []
     told = scan(url, lambda raw: (seen.append(raw), ([], []))[1])  # type: ignore[func-returns-value]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import tiny
 
 from unified.config.loading import load_config
 from unified.config.schema import Config
+from unified.data.shards import read_shards
 from unified.pipeline import UnifiedPipeline
-from unified.planning.describe import parse_lengths, show_task, task_layout
+from unified.planning.describe import find_task, parse_lengths, shortened, show_task, task_layout
 from unified.training.run import train
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,20 @@ def test_every_decision_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     written = sorted(path.name for path in (ROOT / "docs" / "decisions").glob("*.md"))
     assert re.findall(r"\(decisions/(.+?)\)", index)[-len(written) :] == written
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("infilling:Infilling", "B=2,A=2,C=4"), ("editing", "")]
+)
+def test_the_tasks_of_the_page_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, lengths: str
+) -> None:
+    (tmp_path / "infilling.py").write_text(block("add_a_task.md", "python", "`infilling.py`:"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = find_task(name, trust_remote_code=True)
+    layout = shortened(task.layout, 2)
+    shown = show_task(layout, parse_lengths(lengths, layout), task=task)
+    assert f"\n{shown}\n```" in (ROOT / "docs" / "add_a_task.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("task", ["continuation", "text_to_image", "captioning"])
@@ -61,6 +78,16 @@ def test_the_modality_and_the_task_of_the_examples_train(tmp_path: Path) -> None
     subprocess.run([sys.executable, *command, *short, *infilling], **run)
     use = block(page, "python", "(`PYTHONPATH=.`). Then:") + "assert len(tone) == 128\n"
     subprocess.run([sys.executable, "-c", use], **run)
+    (tmp_path / "sounds").mkdir()
+    (tmp_path / "sounds" / "a.f32").write_bytes(bytes(4 * 256))
+    (tmp_path / "sounds" / "a.txt").write_text("silence")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for line in block(page, "bash", "A folder of tones").splitlines():
+        words = shlex.split(line.partition("#")[0].removeprefix("PYTHONPATH=. unified"))
+        command = [sys.executable, "-m", "unified.cli", *words]
+        subprocess.run(command, **run, env=environment, stdout=subprocess.DEVNULL)
+    assert len(read_shards(str(tmp_path / "shards" / "train-00000.tar"))) == 1
+    assert (tmp_path / "a.f32").read_bytes()
 
 
 def test_the_path_the_optimizer_and_the_metric_of_the_examples_train(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from unified.config.registry import SHIPPED
+
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("modalities", "tasks", "demos")
 
@@ -26,6 +28,7 @@ ROOMS = [
     {"generation"},
     {"likelihood"},
     {"data"},
+    {"shortcuts"},
     {"pipeline"},
     {"runs"},
     {"training", "training.objectives"},
@@ -179,6 +182,24 @@ def test_no_device_is_spelt_out(module):
             assert "cuda" not in node.value.lower(), f"line {node.lineno}"
         if isinstance(node, ast.Attribute):
             assert node.attr != "cuda", f"line {node.lineno}"
+
+
+#: where the shipped modalities and tasks may be named: the official format, the table of short
+#: names, and the shortcuts
+NAMING = ("unified.cola", "unified.config.registry", "unified.shortcuts")
+
+
+def test_no_modality_and_no_task_is_named_in_the_core():
+    plugins = {"text", "image", "continuation", "captioning", "text_to_image", "editing"}
+    assert plugins == {name for group in SHIPPED.values() for name in group}
+    named = {}
+    for module, tree in SOURCES.items():
+        prose = docstrings(tree)
+        strings = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in prose]
+        core = part(module) not in PLUGINS and not module.startswith(NAMING)
+        found = {n.lineno: n.value for n in strings if n.value in plugins} if core else {}
+        named |= {module: found} if found else {}
+    assert not named
 
 
 @pytest.mark.parametrize("module", SOURCES)

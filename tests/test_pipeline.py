@@ -295,3 +295,10 @@ def test_transformers_reads_the_tokenizer_of_a_folder(saved: Path) -> None:
     for caption in tiny.CAPTIONS:
         assert theirs(caption)["input_ids"] == ours.encode(caption)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+
+
+def test_a_pipeline_says_what_it_is() -> None:
+    told = repr(tiny.pipeline())
+    assert "captioning: prompt, image -> answer (text)" in told
+    assert "text_vae" in told
+    assert "parameters" in told

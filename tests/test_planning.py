@@ -244,7 +244,7 @@ def test_the_memory_model_is_within_15_percent_of_what_training_takes():
 # ---- examples ------------------------------------------------------------------------------------
 
 
-def grids_of(name: str, row_length: int = 256, **asked: int) -> Any:
+def grids_of(name: str, row_length: int = 256, **asked: Any) -> Any:
     task, modalities = resolve_model(tiny.config()).tasks[name], tiny.pipeline().modalities
     return task, typical(task, modalities, Sizes(**asked), row_length, name)
 
@@ -256,6 +256,27 @@ def test_a_text_has_its_task_s_limit_or_what_was_asked_for_or_what_fits():
     task, fitted = grids_of("captioning", row_length=64)
     assert fitted["C"] == (24,)
     assert positions(task, fitted) == 5 + 4 + 2 * 24
+
+
+def test_any_modality_has_a_size_by_its_name():
+    assert grids_of("captioning", named={"image": 8, "text": 7}, row_length=64)[1]["I"] == (1, 1)
+    by_name, by_unit = (grids_of("captioning", **asked)[1] for asked in (
+        {"named": {"text": 7}}, {"text_tokens": 7},
+    ))  # fmt: skip
+    assert by_name == by_unit
+    with pytest.raises(ValueError, match=r"--size names the modality 'txt', .* did you mean text"):
+        grids_of("captioning", named={"txt": 7})
+    with pytest.raises(ValueError, match="--size text should be 1 or more, found 0"):
+        grids_of("captioning", named={"text": 0})
+
+
+def test_an_edited_picture_is_planned_with_its_source():
+    settings = tiny.config(tasks={"editing": {"type": "editing", "source": "s"}})
+    plan = make_plan(settings, PlanRequest(GPUS["h100"], sizes=Sizes(image_size=8, text_tokens=6)))
+    assert plan.examples["editing"].grids == {"S": (1, 1), "P": (6,), "I": (1, 1)}
+    assert plan.examples["editing"].positions == 8
+    assert plan.throughput["image"].items == pytest.approx(2 * plan.examples_per_second)
+    assert plan.throughput["image"].tokens is None
 
 
 def test_an_example_that_cannot_fit_is_an_error():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import toys
 from unified.model.layers import rotary_turns, rotate
 from unified.sequence.layout import Layout, Segment, grid_positions, place
 from unified.sequence.packing import Sample, pack
+from unified.sequence.visibility import ALL
 
 
 def test_positions_of_text_image_and_twin():
@@ -90,6 +92,69 @@ def test_a_layout_that_does_not_match_its_table_is_a_sentence():
         Layout((Segment("N", "text", copies="X"),), {})
     with pytest.raises(ValueError, match="do not match"):
         Layout((Segment("C", "text"),), {"Z": {}})
+
+
+def on_the_source() -> Layout:
+    """A source, an instruction, and a target that lies on the source's positions."""
+    segments = (
+        Segment("S", "image", name="source"),
+        Segment("P", "text"),
+        Segment("I", "image", noise="segment", positions_of="S"),
+        Segment("A", "text", block=2),
+    )
+    return Layout(segments, {kind: {kind: ALL} for kind in "SPIA"})
+
+
+def test_a_segment_may_lie_on_the_positions_of_another():
+    grids = {"S": (2, 2), "P": (2,), "I": (2, 2), "A": (4,)}
+    placed = place(on_the_source(), grids, axes=2)
+    lines = [line.split() for line in (place.__doc__ or "").splitlines()]
+    for row, values in (
+        ("position", [",".join(map(str, xy)) for p in placed[:3] for xy in p.positions.tolist()]),
+        ("block", [str(b) for p in placed[:3] for b in p.blocks.tolist()]),
+    ):
+        assert [row, *values] in lines  # the drawing of the docstring
+    assert placed[3].positions.tolist() == [[4, 4], [5, 5], [6, 6], [7, 7]]  # after all others
+    assert placed[3].blocks.tolist() == [3, 3, 4, 4]
+    alone = Layout(tuple(replace(s, positions_of=None) for s in on_the_source().segments), {})
+    assert place(alone, grids, axes=2)[2].positions[0].tolist() == [4, 4]
+
+
+def test_positions_are_shared_by_grids_of_one_size():
+    says = r"I lies on the positions of S, .* but I is of 2 x 3 and S of 2 x 2"
+    with pytest.raises(ValueError, match=says):
+        place(on_the_source(), {"S": (2, 2), "P": (2,), "I": (2, 3)}, axes=2)
+    with pytest.raises(ValueError, match="I is of 2 x 3 and S absent"):
+        place(on_the_source(), {"P": (2,), "I": (2, 3)}, axes=2)
+
+
+@pytest.mark.parametrize(
+    ("segments", "says"),
+    [
+        ((Segment("I", "image", positions_of="S"),), "should be a segment before it"),
+        (
+            (Segment("I", "image", positions_of="S"), Segment("S", "image")),
+            "I lies on the positions of S, which should be a segment before it",
+        ),
+        (
+            (Segment("S", "image"), Segment("N", "image", copies="S", positions_of="S")),
+            "a twin has those of what it copies",
+        ),
+        ((Segment("S", "image", name="a"), Segment("P", "text", name="a")), "share the name a"),
+        ((Segment("S", "image", name="P"), Segment("P", "text")), "share the name P"),
+    ],
+)
+def test_segments_that_do_not_match_are_a_sentence(segments, says):
+    with pytest.raises(ValueError, match=says):
+        Layout(segments, {})
+
+
+def test_a_segment_is_found_by_its_name_or_its_letter():
+    layout = on_the_source()
+    assert layout.find("source") is layout.find("S") is layout["S"]
+    assert layout.find("P").title == "P"
+    with pytest.raises(ValueError, match=r"no segment 'sauce' to give .*; did you mean source"):
+        layout.find("sauce")
 
 
 def test_training_leaves_out_what_no_loss_depends_on():

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from unified.config.registry import SHIPPED, resolve
-from unified.sequence.layout import Layout
+from unified.sequence.layout import Layout, place
 from unified.sequence.visibility import ALL, BEFORE, SAME, UP_TO, closure, draw
 
 TASKS = sorted(SHIPPED["task"])
+#: those whose text has blocks
+BLOCKED = [name for name in TASKS if name != "editing"]
 
 
 def make(name: str, **options):
     cls = resolve("task", name)
+    if name == "editing":  # it has no blocks
+        options.pop("block", None)
     return cls(cls.Config(source="any", **options))
 
 
@@ -50,10 +55,18 @@ I # # # # . .
 N . . . . # .
 N # . . . . #""",
 }
+PUBLISHED["editing"] = """
+  S S P I I
+S # # # . .
+S # # # . .
+P # # # . .
+I # # # # #
+I # # # # #"""
 LENGTHS = {
     "continuation": {"C": 3},
     "captioning": {"P": 2, "I": 2, "C": 2},
     "text_to_image": {"C": 2, "I": 2},
+    "editing": {"S": 2, "P": 1, "I": 2},
 }
 GIVEN = {"P": ALL, "I": ALL}
 TABLES = {
@@ -68,6 +81,11 @@ TABLES = {
         "C": {"C": UP_TO},
         "I": {"C": ALL, "I": ALL},
         "N": {"C": BEFORE, "N": SAME},
+    },
+    "editing": {
+        "S": {"S": ALL, "P": ALL},
+        "P": {"S": ALL, "P": ALL},
+        "I": {"S": ALL, "P": ALL, "I": ALL},
     },
 }
 
@@ -105,7 +123,7 @@ def test_no_clean_segment_sees_a_noisy_one(name):
             assert all(layout[kind].noise == "clean" for kind in closure(layout.sees, segment.kind))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", BLOCKED)
 def test_options_reach_the_layout(name):
     layout = make(name, block=5, unconditional_rate=0.25).layout
     assert layout["C"].block == layout["N"].block == 5
@@ -132,11 +150,41 @@ def test_the_caption_is_an_auxiliary_target():
 @pytest.mark.parametrize("name", TASKS)
 def test_fill_gives_an_item_to_every_segment_but_twins(name):
     task = make(name)
-    example = {"text": "a red boat", "image": object(), "other": 1}
+    example = {"text": "a red boat", "image": object(), "other": 1, "source.image": object()}
     filled = task.fill(example)
     assert set(filled) == {s.kind for s in task.layout.filled}
-    assert filled["C"] == "a red boat"
+    assert filled.get("C", filled.get("P")) == "a red boat"
     assert filled.get("I", example["image"]) is example["image"]
+
+
+def test_an_edited_picture_lies_on_its_source():
+    layout = make("editing", edits="sound").layout
+    assert layout["S"].modality == layout["I"].modality == "sound"
+    assert layout["I"].positions_of == "S"
+    placed = place(layout, {"S": (2, 3), "P": (5,), "I": (2, 3)}, axes=3)
+    assert torch.equal(placed[0].positions, placed[2].positions)
+    example = {"text": "as line art", "image": 1, "before.image": 2}
+    assert make("editing", original="before").fill(example) == {"S": 2, "P": "as line art", "I": 1}
+    with pytest.raises(ValueError, match=r"editing needs an example with 'source.image', found"):
+        make("editing").fill(example)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("continuation", {"C": "prompt"}),
+        ("captioning", {"P": "prompt", "I": "image"}),
+        ("text_to_image", {"C": "prompt"}),
+        ("editing", {"S": "source", "P": "prompt"}),
+    ],
+)
+def test_what_a_person_gives_has_a_name(name, given):
+    assert {s.kind: s.name for s in make(name).given} == given
+
+
+def test_captioning_brings_its_instruction_unless_examples_ask():
+    assert make("captioning").defaults == {"P": "Describe the image."}
+    assert make("captioning", question="q").defaults == make("editing").defaults == {}
 
 
 def test_captioning_asks_its_instruction():

@@ -48,7 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _name, _group in {
-    "generate": generate,
     "show": show,
     "eval": evaluate,
     "inspect": inspect,
@@ -58,6 +57,7 @@ for _name, _group in {
     "convert": convert,
 }.items():
     app.add_typer(_group.app, name=_name)
+app.command("generate", no_args_is_help=True)(generate.generate)
 app.command("plan")(plan.plan)
 
 
@@ -109,6 +109,7 @@ def score_response(
     goes_on: Annotated[
         bool, typer.Option("--open", help="The response need not end there: no end mark.")
     ] = False,
+    task: Annotated[str | None, typer.Option(help="A task that goes on with a text.")] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -118,7 +119,9 @@ def score_response(
     options = given(DensityConfig, density)
     pipeline = open_pipeline(checkpoint, trust_remote_code)
     prompts = None if prompt is None else [prompt]
-    (found,) = pipeline.score([response], prompts, samples, estimator, seed, not goes_on, **options)
+    (found,) = pipeline.score(
+        [response], prompts, samples, estimator, seed, not goes_on, task, **options
+    )
     if as_json:
         print(json.dumps(found.as_json(), indent=2))
         return

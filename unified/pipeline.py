@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from unified import shortcuts
 from unified.config.plugins import Plugins, build_path, resolve_model
 from unified.config.schema import Config, GenerationConfig, PriorConfig
 from unified.errors import validated
@@ -29,6 +30,7 @@ from unified.latents.weights import load_weights, save_weights, written_whole
 from unified.likelihood import DensityConfig, Score, score
 from unified.likelihood.score import Scorer
 from unified.model.prior import Prior
+from unified.sequence.layout import Layout
 from unified.sequence.task import Task
 
 INDEX = "model_index.json"
@@ -91,6 +93,19 @@ class UnifiedPipeline:
         parts: dict[str, nn.Module] = {f"{n}_vae": m for n, m in self.modalities.items()}
         return {**parts, "prior": self.prior}
 
+    def __repr__(self) -> str:
+        """What the model is: its parts and sizes, its tasks, and what each needs and makes."""
+        device = next(self.prior.parameters()).device
+        lines = [f"{type(self).__name__} on {device}, weights: {self.weights}"]
+        for name, module in self.modules.items():
+            count = sum(p.numel() for p in module.parameters())
+            lines.append(f"  {name:12} {count:>13,} parameters")
+        for name, task in self.tasks.items():
+            given = ", ".join(s.name or s.kind for s in task.given)
+            made = task.layout[task.generates]
+            lines.append(f"  {name}: {given} -> {made.name or made.kind} ({made.modality})")
+        return "\n".join(lines)
+
     def to(self, device: torch.device | str) -> UnifiedPipeline:
         """Move every part to `device`."""
         for module in self.modules.values():
@@ -108,7 +123,8 @@ class UnifiedPipeline:
         generator: torch.Generator | None = None,
         **settings: Any,
     ) -> list[Any]:
-        """One item per entry of `given` (items by kind), by any task of this model.
+        """One item per entry of `given` (items by the name or the letter of a segment), by any task
+        of this model.
 
         `size` is in the target modality's own unit. Output i depends on its seed alone, not on
         its batch: `seed` is one number, from which each output derives its own, or a list of one
@@ -134,53 +150,12 @@ class UnifiedPipeline:
     ) -> Iterator[dict[int, Any]]:
         """As `generate`, yielding after every block ``{index: its item so far}``."""
         runner, chosen, seeds = self._runner(task, len(given), seed, generator, settings)
-        size = self._size(runner, size, settings)
-        return runner.stream([Wish(items, size) for items in given], chosen, seeds)
+        return runner.stream(self._wishes(runner, given, size, settings), chosen, seeds)
 
-    def continue_text(
-        self, prompts: Sequence[str], max_new_tokens: int | None = None, **settings: Any
-    ) -> list[str]:
-        """What follows each prompt. See `generate`."""
-        given = [{"C": prompt} for prompt in texts(prompts)]
-        return self.generate("continuation", given, self._new_tokens(max_new_tokens), **settings)
-
-    def caption(
-        self,
-        images: Sequence[Any],
-        prompts: Sequence[str] | None = None,
-        max_new_tokens: int | None = None,
-        task: str = "captioning",
-        **settings: Any,
-    ) -> list[str]:
-        """A text about each image, told by `prompts` (default: the instruction of training).
-
-        `task` is the model's name for the task. One that learned from a question of each image has
-        no instruction: ValueError without `prompts`.
-        """
-        if not isinstance(images, Sequence) or isinstance(images, str):
-            kind = type(images).__name__
-            raise ValueError(f"images must be a list, found one {kind}: put it in a list")
-        told = [self._told(task)] * len(images) if prompts is None else list(texts(prompts))
-        if len(told) != len(images):
-            raise ValueError(f"{len(told)} prompts for {len(images)} images; give one for each")
-        given = [{"I": image, "P": prompt} for image, prompt in zip(images, told, strict=True)]
-        return self.generate(task, given, self._new_tokens(max_new_tokens), **settings)
-
-    def _told(self, task: str) -> str:
-        """What `task` is told where the caller tells nothing."""
-        config = self._task(task).config
-        if getattr(config, "question", None) or not hasattr(config, "instruction"):
-            raise ValueError(
-                f"{task} has no instruction for every image: give prompts, one for each"
-            )
-        return str(config.instruction)
-
-    def text_to_image(
-        self, prompts: Sequence[str], size: int | tuple[int, int] | None = None, **settings: Any
-    ) -> list[Any]:
-        """An image of each prompt; `size` is (height, width) in pixels, or one side of a square."""
-        given = [{"C": prompt} for prompt in texts(prompts)]
-        return self.generate("text_to_image", given, size, **settings)
+    # names that people know, for tasks that come along
+    continue_text = shortcuts.continue_text
+    caption = shortcuts.caption
+    text_to_image = shortcuts.text_to_image
 
     # ---- likelihood ----------------------------------------------------------------------------
 
@@ -192,16 +167,18 @@ class UnifiedPipeline:
         estimator: str = "elbo",
         seed: int = 0,
         ends: bool = True,
+        task: str | None = None,
         **density: Any,
     ) -> list[Score]:
         """How likely each text of `responses` is, after its prompt if there are prompts.
 
-        A response `ends` where it ends: its end mark is scored too. `density` holds settings of
+        A response `ends` where it ends: its end mark is scored too. `task` is one that goes on with
+        a text, by default the model's only one, or ``continuation``. `density` holds settings of
         `DensityConfig`. See `unified.likelihood.score`.
         """
-        scorer = self.scorer(**density)
+        scorer = self.scorer(task, **density)
         modality = scorer.modality
-        given = [None] * len(responses) if prompts is None else list(texts(prompts))
+        given = [None] * len(responses) if prompts is None else list(shortcuts.texts(prompts))
         if len(given) != len(responses):
             raise ValueError(f"{len(given)} prompts for {len(responses)} responses; give one each")
         return [
@@ -214,16 +191,17 @@ class UnifiedPipeline:
                 seed,
                 ends,
             )
-            for prompt, response in zip(given, texts(responses), strict=True)
+            for prompt, response in zip(given, shortcuts.texts(responses), strict=True)
         ]
 
-    def scorer(self, **density: Any) -> Scorer:
-        """Densities of texts under the task ``continuation``."""
-        task = self._task("continuation")
-        target = task.layout[task.generates]
+    def scorer(self, task: str | None = None, **density: Any) -> Scorer:
+        """Densities of texts under a task that goes on with them; see `score`."""
+        chosen = self.task(task or shortcuts.scored_task(self))
+        layout = chosen.layout
+        target = layout[chosen.generates]
         modality = self.modalities[target.modality]
         config = validated(DensityConfig, density)
-        return Scorer(self.prior, modality, task.layout, target.kind, config)
+        return Scorer(self.prior, modality, layout, target.kind, config)
 
     def _runner(
         self,
@@ -233,7 +211,7 @@ class UnifiedPipeline:
         generator: torch.Generator | None,
         settings: Mapping[str, Any],
     ) -> tuple[Inference, GenerationConfig, Seed]:
-        self._task(task)
+        self.task(task)
         if seed is not None and generator is not None:
             raise ValueError("give a seed or a generator, not both")
         if generator is not None:
@@ -243,24 +221,40 @@ class UnifiedPipeline:
         runner = Inference(self.modalities, self.tasks, self.prior, task, self.path)
         return runner, chosen, seed
 
-    def _task(self, name: str) -> Any:
+    def task(self, name: str) -> Task:
+        """The task of that name. ValueError if this model has none."""
         if name not in self.tasks:
             raise ValueError(f"this model has no task {name!r}; it has {', '.join(self.tasks)}")
         return self.tasks[name]
 
-    def _size(self, runner: Inference, size: Any, settings: Mapping[str, Any]) -> Any:
-        """`size`, or the `max_new_tokens` that a call gives for a target made of blocks."""
+    def new_tokens(self, asked: int | None = None) -> int:
+        """The most tokens that a text gets: what is asked for, or what the configuration says."""
+        return self.config.generation.max_new_tokens if asked is None else asked
+
+    def usual_size(self, task: str) -> int | None:
+        """The size for which a person need not be asked: `new_tokens` of a text made of blocks, and
+        of anything else the modality's own (None)."""
+        chosen = self.task(task)
+        target = chosen.layout[chosen.generates]
+        text = self.modalities[target.modality].is_text and target.block is not None
+        return self.new_tokens() if text else None
+
+    def _wishes(
+        self,
+        runner: Inference,
+        given: Sequence[Mapping[str, Any]],
+        size: Any,
+        settings: Mapping[str, Any],
+    ) -> list[Wish]:
+        """Names as letters, and the `max_new_tokens` that a call gives for a target made of blocks
+        as its size."""
         tokens = settings.get("max_new_tokens")
-        if tokens is None:
-            return size
-        if size is not None or runner.target.block is None:
+        if tokens is not None and (size is not None or runner.target.block is None):
             raise ValueError(
                 f"max_new_tokens {tokens} is the size of a text that has no other size"
             )
-        return tokens
-
-    def _new_tokens(self, asked: int | None) -> int:
-        return self.config.generation.max_new_tokens if asked is None else asked
+        size = tokens if size is None else size
+        return [Wish(by_kind(runner.layout, items), size) for items in given]
 
     # ---- folders -------------------------------------------------------------------------------
 
@@ -302,11 +296,8 @@ class UnifiedPipeline:
         ValueError, naming file and tensor, for weights that are missing, unknown or of another
         shape, and for plugins given as paths to code without `trust_remote_code`.
         """
-        folder = find_folder(name)
-        index = read_json(folder / INDEX)
-        described = {k: v for k, v in index.items() if not k.startswith("_") and k != "weights"}
-        described["prior"] = prior_settings(folder / "prior")[0].model_dump()
-        config = validated(Config, described, origin=str(folder / INDEX))
+        folder, config, _ = read_index(name)
+        config = config.model_copy(update={"prior": prior_settings(folder / "prior")[0]})
         plugins = resolve_model(config, trust_remote_code, str(folder / INDEX))
         return cls.read_from(plugins, config, folder, device)
 
@@ -341,13 +332,16 @@ class UnifiedPipeline:
             return str(api.upload_folder(repo_id=repo, folder_path=folder))
 
 
-def texts(prompts: Sequence[str]) -> Sequence[str]:
-    """`prompts`, once they are known to be a list of texts that say something."""
-    if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of texts, found one text: put it in a list")
-    if not all(prompts):
-        raise ValueError("a prompt is empty; it must say something, if only one word")
-    return prompts
+def by_kind(layout: Layout, items: Mapping[str, Any]) -> dict[str, Any]:
+    """`items` by the letters of their segments. ValueError for one that is given twice, or for what
+    is no segment."""
+    found: dict[str, Any] = {}
+    for word, item in items.items():
+        kind = layout.find(word).kind
+        if kind in found:
+            raise ValueError(f"segment {kind} is given twice, the second time as {word}")
+        found[kind] = item
+    return found
 
 
 def find_folder(name: Path | str) -> Path:
@@ -365,6 +359,16 @@ def find_folder(name: Path | str) -> Path:
         raise ValueError(
             f"{name} is no local folder, and downloading it from the hub failed: {error}"
         ) from error
+
+
+def read_index(name: Path | str) -> tuple[Path, Config, Weights]:
+    """(folder, what the model is, its weights' kind) of a pipeline, without reading its weights;
+    the configuration says nothing of the prior."""
+    folder = find_folder(name)
+    index = read_json(folder / INDEX)
+    weights = index.pop("weights", "raw")
+    described = {key: value for key, value in index.items() if not key.startswith("_")}
+    return folder, validated(Config, described, origin=str(folder / INDEX)), weights
 
 
 def read_prior(folder: Path) -> Prior:

@@ -96,6 +96,8 @@ class ImageModality(Modality):
         "perceptual": Perceptual,
     }
     extensions: ClassVar[tuple[str, ...]] = ("webp", "png", "jpg", "jpeg", "gif")
+    unit: ClassVar[str] = "pixels"
+    component: ClassVar[str] = "Image"
     config: ImageConfig
     shift: Tensor
     scale: Tensor
@@ -177,6 +179,15 @@ class ImageModality(Modality):
         target = path.with_name(f"{path.name}.png")
         item.save(target)
         return target
+
+    @classmethod
+    def check_output(cls, path: Path) -> None:
+        if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+            raise ValueError(f"should end in an image format such as .png, found {path.name}")
+
+    @classmethod
+    def save_item(cls, item: Image.Image, path: Path) -> None:
+        item.save(path)
 
     def grid_for(self, size: int | tuple[int, int] | None) -> tuple[int, ...]:
         """Cells of `size` pixels, (height, width) or one number for a square, at most `max_size`

@@ -69,6 +69,9 @@ class TextModality(Modality):
 
     Config = TextConfig
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
+    is_text: ClassVar[bool] = True
+    unit: ClassVar[str] = "tokens"
+    component: ClassVar[str] = "Textbox"
     tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
 
     def __init__(self, config: TextConfig, tokenizer: Tokenizer | None):

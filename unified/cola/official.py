@@ -223,6 +223,12 @@ def check_keys(
 # ---- ours -> official ---------------------------------------------------------------------------
 
 
+def has_tokenizer(pipeline: UnifiedPipeline) -> bool:
+    """Without one, the model works on ids only."""
+    text: Any = pipeline.modalities["text"]
+    return bool(text.has_tokenizer)
+
+
 def to_official(pipeline: UnifiedPipeline, folder: Path | str, max_shard_size: str = "5GB") -> None:
     """Write a text-only pipeline as an official folder: all of it, or nothing.
 

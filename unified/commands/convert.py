@@ -21,11 +21,11 @@ def official(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The pipeline folder to write.")],
 ) -> None:
     """Make a pipeline folder of an official checkpoint."""
-    from unified.cola.official import from_official
+    from unified.cola.official import from_official, has_tokenizer
 
     pipeline = from_official(source)
     pipeline.save_pretrained(output)
-    if not pipeline.modalities["text"].has_tokenizer:
+    if not has_tokenizer(pipeline):
         print(f"{source} has no tokenizer.json: the model works on ids only", file=sys.stderr)
     print(output)
 

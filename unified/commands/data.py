@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unified import shortcuts
 from unified.commands.options import AsJson, Trust
 
 app = typer.Typer(no_args_is_help=True, help="Make shards, check them, store their latents.")
@@ -28,6 +29,18 @@ ImageColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Of a table: paths, or bytes, of images.")
 ]
 TextColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Of a table: texts.")]
+Items = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=COLUMN]",
+        help="A further item: of a folder, source takes cat.source.png with cat.png; of a table,"
+        " source.image=COLUMN. Repeatable.",
+    ),
+]
+Modalities = Annotated[
+    str | None,
+    typer.Option("--config", metavar="CONFIG", help="Whose modalities say what an item is."),
+]
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="A file, or a shipped name.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="By default one a processor.")]
 
@@ -40,6 +53,8 @@ def pack(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write shards to.")],
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
+    item: Items = None,
+    config: Modalities = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Examples in a shard.")] = 1000,
     shuffle: Annotated[
         int | None, typer.Option(metavar="SEED", help="Write in random order.")
@@ -48,14 +63,20 @@ def pack(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards in OUT.")] = False,
     workers: Workers = None,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Make shards of a folder of images and texts, or of a table."""
+    """Make shards of a folder of images (or other items) and texts, or of a table."""
     from unified.data.tools.inputs import open_input
     from unified.data.tools.pack import pack as run
 
+    kinds, readers = _kinds(config, trust_remote_code)
+    named = dict(pair.split("=", 1) for pair in item or [] if "=" in pair)
+    columns = shortcuts.columns(image_column, text_column) | named
+    names = [name for name in item or [] if "=" not in name]
     packed = run(
-        open_input(source, image_column, text_column),
+        open_input(source, kinds, columns, names),
         out,
+        readers=readers,
         shard_size=shard_size,
         shuffle=shuffle,
         val_share=val_share,
@@ -75,6 +96,22 @@ def pack(
         print(f"  {left.name}: {left.reason}")
     if len(packed.left_out) > SHOWN:
         print(f"  and {len(packed.left_out) - SHOWN:,} more; --json has all")
+
+
+def _kinds(config: str | None, trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(name -> class of a modality, ending -> what reads its members): those of a configuration,
+    or all that have a short name, whose members are then not looked into."""
+    from unified.config.registry import names, resolve
+
+    if config is None:
+        return {name: resolve("modality", name) for name in names("modality")}, {}
+    from unified.config.loading import load_config
+    from unified.config.plugins import resolve_model
+    from unified.data.tools.needs import without_weights
+
+    modalities = without_weights(resolve_model(load_config(config), trust))
+    readers = {e: m.read for m in modalities.values() for e in m.extensions}
+    return {name: type(modality) for name, modality in modalities.items()}, readers
 
 
 @app.command("encode")

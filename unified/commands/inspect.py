@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from itertools import islice
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,33 +20,45 @@ from unified.commands.options import (
 )
 from unified.config.schema import DensityConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unified.pipeline import UnifiedPipeline
+
+
 app = typer.Typer(no_args_is_help=True, help="Measure a model's latent spaces.")
 
 Shards = Annotated[list[str], typer.Option(help="Shards with items to look at; repeatable.")]
-ModalityName = Annotated[str, typer.Option(help="Which of the model's modalities.")]
+ModalityName = Annotated[
+    str | None, typer.Option(help="Which of the model's modalities; by default its texts.")
+]
 Limit = Annotated[int, typer.Option(min=1, help="At most this many items.")]
 
 
-def _observed(checkpoint: str, modality: str, shards: list[str], limit: int, trust: bool) -> Any:
-    """(pipeline, its modality, observations of the first `limit` items of `shards`)."""
+def _observed(
+    checkpoint: str, modality: str | None, shards: list[str], limit: int, trust: bool
+) -> tuple[UnifiedPipeline, str, list[Tensor]]:
+    """(pipeline, name of its modality, observations of the first `limit` items of `shards`)."""
     from unified.data.examples import Example
     from unified.data.source import Source
     from unified.errors import did_you_mean
 
     pipeline = open_pipeline(checkpoint, trust)
     found = pipeline.modalities
+    if modality is None:  # the first whose items are texts, or the first
+        modality = max(found, key=lambda name: found[name].is_text)
     if modality not in found:
         raise ValueError(f"the model has no modality {modality!r}; {did_you_mean(modality, found)}")
     examples = [Example(raw, found) for raw in islice(Source(modality, shards), limit)]
     observations = [found[modality].observe(e[modality], ends=True) for e in examples]
-    return pipeline, found[modality], observations
+    return pipeline, modality, observations
 
 
 @app.command("logsnr")
 def logsnr(
     checkpoint: Checkpoint,
     shards: Shards,
-    modality: ModalityName = "text",
+    modality: ModalityName = None,
     limit: Limit = 256,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
@@ -55,9 +67,10 @@ def logsnr(
     from unified.evaluation.reconstruction import posteriors
     from unified.evaluation.robustness import log_snr
 
-    _, measured, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    pipeline, name, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    measured = pipeline.modalities[name]
     value = log_snr(posteriors(measured, observations))
-    told = {"modality": modality, "items": len(observations), "log_snr": value}
+    told = {"modality": name, "items": len(observations), "log_snr": value}
     print(json.dumps(told) if as_json else f"{value:.3f} nats over {len(observations)} items")
 
 
@@ -65,7 +78,7 @@ def logsnr(
 def noise(
     checkpoint: Checkpoint,
     shards: Shards,
-    modality: ModalityName = "text",
+    modality: ModalityName = None,
     levels: Annotated[str, typer.Option(help="Timesteps from 0 to 1000, e.g. 0,250,500.")] = "",
     limit: Limit = 256,
     seed: Seed = 0,
@@ -80,8 +93,8 @@ def noise(
         chosen = [float(part) for part in levels.split(",") if part] or list(LEVELS)
     except ValueError:
         raise ValueError(f"--levels should be numbers between commas, found {levels!r}") from None
-    told = _observed(checkpoint, modality, shards, limit, trust_remote_code)
-    pipeline, measured, observations = told
+    pipeline, name, observations = _observed(checkpoint, modality, shards, limit, trust_remote_code)
+    measured = pipeline.modalities[name]
     curve = noise_robustness(measured, observations, chosen, seed, pipeline.path)
     if as_json:
         print(json.dumps([asdict(point) for point in curve], indent=2))

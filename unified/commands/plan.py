@@ -31,6 +31,12 @@ def plan(
         int | None, typer.Option(help="Tokens of a text whose task sets no limit.")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels of an image's side.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODALITY=N", help="Size of a modality's items, in its own unit; repeatable."
+        ),
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -43,8 +49,20 @@ def plan(
     from unified.planning.typical import Sizes
 
     chosen = find_gpu(gpu, peak_tflops, memory_gb)
-    request = PlanRequest(chosen, gpus, mfu, steps, precision, Sizes(text_tokens, image_size))
+    sizes = Sizes(text_tokens, image_size, _named(size or []))
+    request = PlanRequest(chosen, gpus, mfu, steps, precision, sizes)
     found = make_plan(
         load_config(config, overrides or []), request, stage, config, trust_remote_code
     )
     print(json.dumps(report.as_tree(found), indent=2) if as_json else report.as_text(found))
+
+
+def _named(sizes: list[str]) -> dict[str, int]:
+    """Modality -> size, of what was told as MODALITY=N."""
+    found = {}
+    for pair in sizes:
+        name, _, number = pair.partition("=")
+        if not (name and number.isdecimal()):
+            raise ValueError(f"--size should read MODALITY=N, found {pair!r}")
+        found[name] = int(number)
+    return found

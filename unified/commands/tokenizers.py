@@ -1,6 +1,7 @@
 """``unified tokenizer``: train one, bring one in, look at one.
 
-The tokenizer is the text modality's own, found through the registry: the core imports no plugin.
+The tokenizer is that of a modality which has one, found through the registry: the core imports no
+plugin.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
+from unified.shortcuts import FIELD
+
+#: attribute of a modality's class
+TOKENIZER = "tokenizer_class"
+
 app = typer.Typer(no_args_is_help=True, help="Byte-level BPE tokenizers.")
 
 Output = Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")]
 
 
 def _class() -> Any:
-    from unified.config.registry import resolve
+    from unified.config.registry import names, resolve
 
-    text: Any = resolve("modality", "text")
-    return text.tokenizer_class
+    classes = (resolve("modality", name) for name in names("modality"))
+    return next(getattr(cls, TOKENIZER) for cls in classes if hasattr(cls, TOKENIZER))
 
 
 @app.command("train")
@@ -30,7 +36,7 @@ def train(
     ],
     vocab_size: Annotated[int, typer.Option(help="Most tokens; 258 at least.")],
     output: Output,
-    field: Annotated[str, typer.Option(help="Which field of a .jsonl line is text.")] = "text",
+    field: Annotated[str, typer.Option(help="Which field of a .jsonl line is text.")] = FIELD,
 ) -> None:
     """Train a tokenizer on text."""
     texts = [text for text in _texts(sources, field) if text]

@@ -15,7 +15,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from unified.config.registry import Group, resolve, trusted
-from unified.config.schema import Config, FlowConfig, OptimizerConfig, PluginPart, StageConfig
+from unified.config.schema import (
+    AlignmentConfig,
+    Config,
+    FlowConfig,
+    OptimizerConfig,
+    PluginPart,
+    StageConfig,
+)
 from unified.errors import Keys, did_you_mean, validated
 
 if TYPE_CHECKING:
@@ -63,7 +70,8 @@ def resolve_plugins(config: Config, trust_remote_code: bool = False, source: str
         where = f"stage {stage.name}, optimizer"
         optimizers[stage.name] = optimizer_factory(stage.optimizer, trust_remote_code, where)
         if stage.alignment is not None:
-            encoders[stage.name] = _encoder(config, stage, trust_remote_code)
+            classes = {name: cls for name, (cls, _) in model.modalities.items()}
+            encoders[stage.name] = _encoder(config, stage, classes, trust_remote_code)
         if stage.modality is not None:
             judged, _ = model.modalities[stage.modality]
             critics[stage.name] = _critics(judged, stage, ("stages", str(index)), source)
@@ -170,12 +178,31 @@ def _validate_stages(config: Config, ratios: float) -> None:
             )
 
 
-def _encoder(config: Config, stage: StageConfig, trust_remote_code: bool) -> Callable[..., Any]:
+def aligned(
+    alignment: AlignmentConfig, modalities: Mapping[str, type[Modality]], where: str = "alignment"
+) -> str:
+    """The modality whose features are aligned: the one that is named, or the only one whose items
+    are no texts. ValueError where that is none, or several."""
+    pictured = [name for name, cls in modalities.items() if not cls.is_text]
+    if not alignment.modality and len(pictured) != 1:
+        raise ValueError(
+            f"{where}.modality should name the modality that is aligned, since"
+            f" {len(pictured)} have items that are no texts; {did_you_mean('', modalities)}"
+        )
+    return alignment.modality or pictured[0]
+
+
+def _encoder(
+    config: Config,
+    stage: StageConfig,
+    modalities: Mapping[str, type[Modality]],
+    trust_remote_code: bool,
+) -> Callable[..., Any]:
     """What makes the encoder of a stage's alignment, once the features to align exist."""
     alignment = stage.alignment
     assert alignment is not None
     where = f"stage {stage.name}, alignment"
-    _known(alignment.modality, config.modalities, where, "modality")
+    _known(aligned(alignment, modalities, where), config.modalities, where, "modality")
     depth = config.prior.multi_stream_depth + config.prior.single_stream_depth
     if alignment.layer > depth:
         raise ValueError(

@@ -26,6 +26,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "continuation": "unified.tasks.continuation:Continuation",
         "captioning": "unified.tasks.captioning:Captioning",
         "text_to_image": "unified.tasks.text_to_image:TextToImage",
+        "editing": "unified.tasks.editing:Editing",
     },
     "path": {
         "straight": "unified.flow.path:Straight",

@@ -127,8 +127,8 @@ class LossConfig(Part):
 class AlignmentConfig(Part):
     """Alignment of the prior's features with those of a frozen encoder (REPA, arXiv 2410.06940)."""
 
-    #: whose noisy positions are aligned
-    modality: str = "image"
+    #: whose noisy positions are aligned; empty is the one modality whose items are no texts
+    modality: str = ""
     #: "package.module:attribute", called with `options`; see `training.objectives.alignment`
     encoder: str
     options: dict[str, Any] = {}

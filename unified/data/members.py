@@ -2,6 +2,8 @@
 
     webp, png, jpg, jpeg, gif   an image            txt   a text, UTF-8            json   an object
 
+A further member of a kind has a name before its ending: ``source.webp`` is the image ``source``.
+
 This is what packing and checking know; what training makes of a member is a modality's part.
 """
 
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -23,6 +25,30 @@ IMAGES = (*ENDINGS.values(), "jpeg")
 MAX_PIXELS = 64_000_000
 #: EXIF: the tag of the orientation, and those of its values that swap width and height
 ORIENTATION, SWAPPED = 0x0112, {5, 6, 7, 8}
+
+
+def split_item(name: str) -> tuple[str, str]:
+    """("source", "image") of ``source.image``, ("", "image") of ``image``; a member's ending is
+    split in the same way."""
+    item, _, kind = name.rpartition(".")
+    return item, kind
+
+
+def join_item(item: str, kind: str) -> str:
+    """The way back from `split_item`."""
+    return f"{item}.{kind}" if item else kind
+
+
+def items_of(ending: str, extensions: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """(name of the item, modality) of all that a member may be read as; `extensions` are those of
+    each modality. An ending that is one of theirs as a whole, dots and all, names no item."""
+    whole = any(ending in own for own in extensions.values())
+    return [
+        (ending[: -len(e) - 1], modality)
+        for modality, own in extensions.items()
+        for e in own
+        if ending == e or (ending.endswith(f".{e}") and not whole)
+    ]
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -94,6 +120,6 @@ def read_member(ending: str, data: bytes) -> Any:
     try:
         if not data:
             raise ValueError("it is empty (0 bytes)")
-        return READERS.get(ending, bytes)(data)
+        return READERS.get(split_item(ending)[1], bytes)(data)
     except ValueError as error:
         raise ValueError(f".{ending}: {error}") from None

@@ -4,6 +4,8 @@ A shard holds examples one after the other, and the members of an example share 
 
     000000.webp  000000.txt  000000.json  000001.webp  000001.txt  000001.json  ...
 
+An ending may have parts: ``000000.source.webp`` is the member ``source.webp``, a further image.
+
 Reading the headers gives each example's `Entry`: where its bytes lie. That, and not a stream, is
 what makes an order of examples that any process can continue at any place.
 

@@ -23,12 +23,11 @@ from torch import Tensor
 from unified.data.batches import Items
 from unified.data.streams import Prepared
 from unified.flow.matching import FlowMatching
-from unified.generation.blocks import noisy_kind
 from unified.latents.modality import grid_of
 from unified.latents.tensors import moved
 from unified.pipeline import UnifiedPipeline
 from unified.randomness import Chance, derive
-from unified.sequence.layout import Layout
+from unified.sequence.layout import Layout, noisy_kind
 from unified.sequence.packing import SEGMENTS, NoisyPlaces, PackedBatch, Packer, Sample
 from unified.sequence.task import Task
 from unified.sequence.visibility import Visibility, closure

@@ -33,7 +33,7 @@ from unified.latents.ragged import Latent
 from unified.model.cache import KVCache
 from unified.model.prior import Prior
 from unified.randomness import noise
-from unified.sequence.layout import Layout, Segment, place
+from unified.sequence.layout import Layout, Segment, noisy_kind, place
 from unified.sequence.packing import PackedBatch, Sample, latents_of, pack
 from unified.sequence.visibility import UNCONDITIONAL, Visibility, closure
 
@@ -51,17 +51,6 @@ class Request:
     grid: tuple[int, ...]
     seed: int
     noise: Sequence[Tensor] | None = None
-
-
-def noisy_kind(layout: Layout, target: str) -> str:
-    """The kind under which `target` is denoised: itself if it is noisy, else its noisy twin."""
-    candidates = [s.kind for s in layout.segments if target in (s.kind, s.copies)]
-    for kind in candidates:
-        if layout[kind].noise != "clean":
-            return kind
-    raise ValueError(
-        f"this task cannot generate {target}: it is neither noisy nor has a noisy twin"
-    )
 
 
 class Session:
@@ -159,7 +148,7 @@ class Session:
         starts = [self._start(i) for i in self.active]
         samples = [s.sample(self.task, self.target.kind) for s in starts]
         values = [{self.target.kind: self.latents[i][self.committed[i] :]} for i in self.active]
-        clean = Layout((replace(self.target, noise="clean"),), {})
+        clean = Layout((replace(self.target, noise="clean", positions_of=None),), {})
         self.prior.commit(self._batch(samples, clean, values), self.cache, self.times)
         for i in self.active:
             self.committed[i] = len(self.latents[i])

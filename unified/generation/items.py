@@ -195,8 +195,12 @@ class Inference:
     ) -> tuple[int, ...]:
         """The target's grid, its known beginning included, in whole blocks.
 
-        The official code counts what is new from the last whole block of the beginning.
+        The official code counts what is new from the last whole block of the beginning. What lies
+        on the positions of something given is as large as that.
         """
+        under = given.get(self.target.positions_of or "")
+        if under is not None:
+            return self._as_large(wish.size, under.grid)
         grid = wish.grid or self.modality.grid_for(wish.size)
         block, start = self.target.block, given.get(self.target.kind)
         if block is None:
@@ -204,6 +208,17 @@ class Inference:
         known = len(start.values) if start else 0
         known = known // block * block if settings.official else known
         return (-(-(math.prod(grid) + known) // block) * block,)
+
+    def _as_large(self, size: Any, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """`grid`, which a `size` that is asked for may only repeat."""
+        if size is not None and self.modality.grid_for(size) != grid:
+            under = self.layout[str(self.target.positions_of)]
+            raise ValueError(
+                f"{self.name} makes an item as large as its {under.title}, of"
+                f" {' x '.join(map(str, grid))} latents, but the size {size} was asked for: leave"
+                " the size out"
+            )
+        return grid
 
     def _whole(self, request: Request) -> int:
         """Latents of the whole blocks of a known beginning."""

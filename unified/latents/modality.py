@@ -80,6 +80,13 @@ class Modality(nn.Module, ABC):
     critics: ClassVar[Mapping[str, type[Critic]]] = {}
     #: endings of the shard members that hold this modality's items, best first
     extensions: ClassVar[tuple[str, ...]]
+    #: whether an item is a text: a command line may spell it out, and print it
+    is_text: ClassVar[bool] = False
+    #: what a size of `grid_for` counts (tokens, pixels of a side)
+    unit: ClassVar[str] = "latents"
+    #: the component of a page that shows an item by its file: a class of gradio that takes
+    #: ``type="filepath"`` (that of a text holds the text)
+    component: ClassVar[str] = "File"
     config: Any
 
     @property
@@ -133,6 +140,15 @@ class Modality(nn.Module, ABC):
         """Whether what is being generated is complete (text: it has an eos)."""
         del observation
         return False
+
+    @classmethod
+    def check_output(cls, path: Path) -> None:
+        """ValueError for a file that `save_item` could not write, by its ending."""
+
+    @classmethod
+    def save_item(cls, item: Any, path: Path) -> None:
+        """Write an item to the file `path`, in the format of its ending; by default as text."""
+        path.write_text(f"{item}\n", encoding="utf-8")
 
     @abstractmethod
     def grid_for(self, size: Any) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,41 +17,109 @@ from unified.errors import did_you_mean, validated
 from unified.latents.modality import Modality
 from unified.model.prior import Prior
 from unified.sequence.layout import Layout
-from unified.sequence.visibility import draw
+from unified.sequence.task import Task
+from unified.sequence.visibility import ALL, draw
 from unified.tables import table
+
+
+def find_task(name: str, config: Config | None = None, trust_remote_code: bool = False) -> Task:
+    """The task `name` of a configuration, or the one of that short name (or path to code) with its
+    own defaults."""
+    if config is None:
+        cls: Any = resolve("task", name, trust_remote_code)
+        made: Task = cls(validated(cls.Config, {"source": "any"}))
+        return made
+    if name not in config.tasks:
+        raise ValueError(f"no task {name!r} is configured; {did_you_mean(name, config.tasks)}")
+    return resolve_model(config, trust_remote_code).tasks[name]
 
 
 def task_layout(name: str, block: int, trust_remote_code: bool = False) -> Layout:
     """The layout of task `name` with its own defaults, its blocks shortened to `block` latents."""
-    cls: Any = resolve("task", name, trust_remote_code)
-    layout: Layout = cls(validated(cls.Config, {"source": "any"})).layout
-    shortened = (replace(s, block=s.block and block) for s in layout.segments)
-    return replace(layout, segments=tuple(shortened))
+    return shortened(find_task(name, None, trust_remote_code).layout, block)
+
+
+def shortened(layout: Layout, block: int) -> Layout:
+    """A layout to draw, with blocks of `block` latents."""
+    segments = (replace(s, block=s.block and block) for s in layout.segments)
+    return replace(layout, segments=tuple(segments))
 
 
 def parse_lengths(text: str, layout: Layout) -> dict[str, int]:
-    """``P=3,C=6`` as lengths by kind; a segment left out gets two blocks, or two latents."""
-    lengths = {s.kind: 2 * (s.block or 1) for s in layout.filled}
+    """``P=3,C=6`` as lengths by kind; a segment left out is as long as the one on whose positions
+    it lies, or gets two blocks, or two latents."""
+    told: dict[str, int] = {}
     for pair in filter(None, text.split(",")):
-        kind, _, number = (part.strip() for part in pair.partition("="))
-        if kind not in lengths:
-            raise ValueError(f"no segment {kind!r} to give a length; {did_you_mean(kind, lengths)}")
+        word, _, number = (part.strip() for part in pair.partition("="))
+        kinds = [s.kind for s in layout.filled if word in (s.kind, s.name)]
+        if not kinds:
+            near = did_you_mean(word, [s.kind for s in layout.filled])
+            raise ValueError(f"no segment {word!r} to give a length; {near}")
         if not number.isdecimal():
-            raise ValueError(f"the length of {kind} should be a whole number, found {number!r}")
-        lengths[kind] = int(number)
+            raise ValueError(f"the length of {word} should be a whole number, found {number!r}")
+        told[kinds[0]] = int(number)
+    lengths: dict[str, int] = {}
+    for s in layout.filled:
+        usual = lengths[s.positions_of] if s.positions_of else 2 * (s.block or 1)
+        lengths[s.kind] = told.get(s.kind, usual)
     return lengths
 
 
 def show_task(
-    layout: Layout, lengths: dict[str, int], unconditional: bool = False, as_json: bool = False
+    layout: Layout,
+    lengths: dict[str, int],
+    unconditional: bool = False,
+    as_json: bool = False,
+    task: Task | None = None,
 ) -> str:
-    """The grid of one sample: queries down, keys across."""
+    """The grid of one sample, queries down and keys across; with a `task`, its segments too."""
     kinds, blocks, visible = layout.grid(lengths, unconditional)
     if as_json:
         rows = [[int(seen) for seen in row] for row in visible]
-        return json.dumps({"kinds": kinds, "blocks": blocks, "visible": rows})
+        told = {"kinds": kinds, "blocks": blocks, "visible": rows}
+        return json.dumps(told | (task_tree(task) if task is not None else {}))
     numbers = "  " + " ".join(str(b % 10) for b in blocks)
-    return f"{draw(kinds, visible)}\n\nblock of each position (last digit)\n{numbers}"
+    drawing = f"{draw(kinds, visible)}\n\nblock of each position (last digit)\n{numbers}"
+    return drawing if task is None else f"{drawing}\n\nsegments\n{_segments(task)}"
+
+
+def task_tree(task: Task) -> dict[str, Any]:
+    """A task as what JSON holds: its segments, which of them generation is given and makes, and the
+    intervals of its table, in which null is no bound."""
+    layout, given = task.layout, [s.kind for s in task.given]
+    return {
+        "generates": task.generates,
+        "continues": task.continues,
+        "given": given,
+        "segments": [asdict(s) | {"name": s.title} for s in layout.segments],
+        "sees": {
+            q: {k: [_bound(i.lo), _bound(i.hi)] for k, i in row.items()}
+            for q, row in layout.sees.items()
+        },
+        "unconditional_rate": layout.unconditional_rate,
+    }
+
+
+def _bound(block: int) -> int | None:
+    return None if block in (ALL.lo, ALL.hi) else block
+
+
+def _segments(task: Task) -> str:
+    """One line a segment: letter, name, modality, and what becomes of it."""
+    given = {s.kind for s in task.given}
+    rows = []
+    for s in task.layout.segments:
+        roles = [f"the noisy twin of {s.copies}"] if s.copies else []
+        roles += ["given"] if s.kind in given else []
+        roles += ["generated"] if s.kind == task.generates else []
+        roles += [f"in blocks of {s.block}"] if s.block else []
+        roles += [f"on the positions of {s.positions_of}"] if s.positions_of else []
+        rows.append((s.kind, s.title, s.modality, ", ".join(roles)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class Draft:
             for segment in task.layout.filled:
                 m, grid = segment.modality, self.grids[name][segment.kind]
                 items[m] += self.shares[name]
-                if len(grid) == 1:
+                if self.modalities[m].is_text:
                     stand_for = math.prod(grid) * self.modalities[m].symbols
                     tokens[m] = tokens.get(m, 0.0) + self.shares[name] * stand_for
         return {m: (count, tokens.get(m)) for m, count in items.items()}

@@ -122,9 +122,9 @@ def assumptions(plan: Plan) -> list[str]:
     """What the numbers rest on, a sentence each."""
     lengths = "; ".join(f"{name} {_lengths(e.grids)}" for name, e in plan.examples.items())
     return [
-        f"latents of an example: {lengths}. A text has its task's limit, else --text-tokens, else"
-        f" the most that a row of {plan.stage.row_length} holds; an instruction has a token for"
-        f" every {CHARACTERS} characters",
+        f"latents of an example: {lengths}. A text has its task's limit, else --text-tokens (any"
+        f" modality: --size), else the most that a row of {plan.stage.row_length} holds; an"
+        f" instruction has a token for every {CHARACTERS} characters",
         "FLOPs are the model's: no padding, no recomputation, attention over visible pairs only;"
         " gradients cost twice the forward pass",
         f"memory is that of a microbatch of {plan.microbatch} x {plan.heaviest}, the heaviest task;"

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from unified.errors import did_you_mean
 from unified.sequence.visibility import Coordinates, Sees, Visibility, visible
 
 
@@ -32,6 +33,9 @@ class Segment:
     ``copies``: the clean kind whose noisy twin this is (same latents, positions and blocks).
     ``block``: latents per block; None makes the segment one block.
     ``weight``: its share of the flow loss.
+    ``name``: what a person calls it (``prompt``), beside its letter; by default the letter itself.
+    ``positions_of``: the earlier kind on whose positions it lies, on a grid of the same size; an
+    edited picture lies on those of its source. Its blocks follow the clock as ever.
     """
 
     kind: str
@@ -40,11 +44,21 @@ class Segment:
     copies: str | None = None
     block: int | None = None
     weight: float = 1.0
+    name: str | None = None
+    positions_of: str | None = None
+
+    @property
+    def title(self) -> str:
+        """Its readable name, or its letter where it has none."""
+        return self.name or self.kind
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Segments in packed order, and ``sees[query kind][key kind]``."""
+    """Segments in packed order, and ``sees[query kind][key kind]``.
+
+    ValueError for segments that do not match each other or the table.
+    """
 
     segments: tuple[Segment, ...]
     sees: Sees
@@ -53,14 +67,24 @@ class Layout:
 
     def __post_init__(self) -> None:
         kinds = [s.kind for s in self.segments]
-        for s in self.segments:
+        for place, s in enumerate(self.segments):
             if s.copies is not None and (s.copies not in kinds or self[s.copies].copies):
                 raise ValueError(f"segment {s.kind} copies {s.copies}, which is not a segment")
             if s.copies is not None and self[s.copies].block != s.block:
                 raise ValueError(f"segment {s.kind} must have the block length of {s.copies}")
+            if s.positions_of is not None and (s.copies or s.positions_of not in kinds[:place]):
+                twin = " (and a twin has those of what it copies)" if s.copies else ""
+                raise ValueError(
+                    f"segment {s.kind} lies on the positions of {s.positions_of}, which should be a"
+                    f" segment before it{twin}"
+                )
         unknown = {k for q in self.sees for k in (q, *self.sees[q])} - set(kinds)
         if unknown or len(set(kinds)) < len(kinds):
             raise ValueError(f"segments {kinds} do not match the table's kinds {sorted(self.sees)}")
+        words = kinds + [s.name for s in self.segments if s.name not in (None, s.kind)]
+        twice = sorted({str(word) for word in words if words.count(word) > 1})
+        if twice:
+            raise ValueError(f"segments {kinds} share the name {', '.join(twice)}")
 
     def __getitem__(self, kind: str) -> Segment:
         for segment in self.segments:
@@ -68,13 +92,23 @@ class Layout:
                 return segment
         raise KeyError(f"this layout has no segment {kind}")
 
+    def find(self, word: str) -> Segment:
+        """The segment that an item may be given for, by its readable name or its letter.
+        ValueError for a word that is neither."""
+        for segment in self.filled:
+            if word in (segment.kind, segment.name):
+                return segment
+        known = [s.title for s in self.filled]
+        raise ValueError(f"no segment {word!r} to give an item for; {did_you_mean(word, known)}")
+
     @property
     def filled(self) -> tuple[Segment, ...]:
         """The segments that need an item: all but twins."""
         return tuple(s for s in self.segments if s.copies is None)
 
     def only(self, kinds: Set[str]) -> Layout:
-        """The segments of these kinds and their part of the table, without guidance."""
+        """The segments of these kinds and their part of the table, without guidance. A segment
+        that lies on the positions of another needs it."""
         sees = {
             q: {k: interval for k, interval in row.items() if k in kinds}
             for q, row in self.sees.items()
@@ -152,7 +186,17 @@ def place(
     clock: int = 0,
     start: int = 0,
 ) -> list[Placed]:
-    """Blocks and positions of every segment of one sample; `grids` is by kind, twins left out."""
+    """Blocks and positions of every segment of one sample; `grids` is by kind, twins left out.
+
+    A source S of 2 x 2, an instruction P of 2 and a target I with ``positions_of="S"``, on two
+    axes: I has the positions of S, and a block of its own::
+
+                  S                   P            I
+        position  0,0 0,1 1,0 1,1     2,2 3,3      0,0 0,1 1,0 1,1
+        block     0   0   0   0       1   1        2   2   2   2
+
+    ValueError for a segment whose grid is not that of the one it lies on.
+    """
     placed: dict[str, Placed] = {}
     for segment in layout.segments:
         if (segment.copies or segment.kind) not in grids:
@@ -164,11 +208,46 @@ def place(
         grid = grids[segment.kind]
         length = math.prod(grid)
         blocks = clock + torch.arange(length) // (segment.block or max(length, 1))
-        positions = grid_positions(grid, start, axes)
+        if segment.positions_of is None:
+            positions = grid_positions(grid, start, axes)
+        else:
+            positions = _shared(segment, grid, grids, placed)
         placed[segment.kind] = Placed(segment, blocks, positions)
         if length:
-            clock, start = int(blocks.max()) + 1, int(positions.max()) + 1
+            clock, start = int(blocks.max()) + 1, max(start, int(positions.max()) + 1)
     return list(placed.values())
+
+
+def _shared(
+    segment: Segment,
+    grid: tuple[int, ...],
+    grids: Mapping[str, tuple[int, ...]],
+    placed: Mapping[str, Placed],
+) -> Tensor:
+    """The positions of the segment that `segment` lies on."""
+    under = str(segment.positions_of)
+    if grids.get(under) != grid:
+        found = f"of {_by(grids[under])}" if under in grids else "absent"
+        raise ValueError(
+            f"segment {segment.kind} lies on the positions of {under}, so both need grids of one"
+            f" size, but {segment.kind} is of {_by(grid)} and {under} {found}"
+        )
+    return placed[under].positions
+
+
+def _by(grid: tuple[int, ...]) -> str:
+    return " x ".join(map(str, grid))
+
+
+def noisy_kind(layout: Layout, target: str) -> str:
+    """The kind under which `target` is denoised: itself if it is noisy, else its noisy twin."""
+    candidates = [s.kind for s in layout.segments if target in (s.kind, s.copies)]
+    for kind in candidates:
+        if layout[kind].noise != "clean":
+            return kind
+    raise ValueError(
+        f"this task cannot generate {target}: it is neither noisy nor has a noisy twin"
+    )
 
 
 def needed(

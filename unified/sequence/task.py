@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from unified.latents.modality import Modality, PluginConfig
-from unified.sequence.layout import Layout
+from unified.sequence.layout import Layout, Segment, noisy_kind
+from unified.sequence.visibility import closure
 
 
 class TaskConfig(PluginConfig):
@@ -66,12 +67,28 @@ class Task(ABC):
 
     @abstractmethod
     def fill(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        """Kind -> item, for every segment that is not a twin; `example` has modality names."""
+        """Kind -> item, for every segment that is not a twin; `example` maps a modality's name
+        (``image``), or an item's name and its modality's (``source.image``), to an item."""
 
     @property
     def continues(self) -> str | None:
         """The kind whose beginning may be given, if there is one."""
         return None
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Kind -> item that a command or a page fills in where it is told none, e.g. the
+        instruction of training."""
+        return {}
+
+    @property
+    def given(self) -> tuple[Segment, ...]:
+        """The segments that generation takes items for: those whose content can reach what is
+        generated, and the beginning of what may be continued."""
+        layout = self.layout
+        noisy = noisy_kind(layout, self.generates)
+        kinds = closure(layout.sees, noisy) - {noisy, self.generates} | {self.continues}
+        return tuple(s for s in layout.filled if s.kind in kinds)
 
     def observe(
         self,

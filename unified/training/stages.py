@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unified.config.plugins import Plugins
+from unified.config.plugins import Plugins, aligned
 from unified.config.schema import Config, StageConfig
 from unified.data.batches import Collate
 from unified.data.examples import Example
@@ -274,9 +274,10 @@ def _alignment(
     if stage.alignment is None:
         return None
     torch.manual_seed(derive(config.run.seed, stage.name, "alignment"))
-    modality = pipeline.modalities[stage.alignment.modality]
+    name = aligned(stage.alignment, {n: type(m) for n, m in pipeline.modalities.items()})
+    told = stage.alignment.model_copy(update={"modality": name})
     make = plugins.encoders[stage.name]
-    return Alignment.build(stage.alignment, modality, config.prior.width, make)
+    return Alignment.build(told, pipeline.modalities[name], config.prior.width, make)
 
 
 OBJECTIVES: Mapping[str, Callable[[Config, StageConfig, UnifiedPipeline, Plugins], Objective]] = {

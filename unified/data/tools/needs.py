@@ -40,11 +40,7 @@ class Needs:
 
 def needs(config: Config, plugins: Plugins) -> dict[str, Needs]:
     """Source -> what its tasks and autoencoder stages need; no weight is allocated."""
-    with torch.device("meta"):
-        modalities = {
-            name: plugin.build(options, None)
-            for name, (plugin, options) in plugins.modalities.items()
-        }
+    modalities = without_weights(plugins)
     uses: dict[str, dict[str, Callable[[Example], Any]]] = {n: {} for n in config.data.sources}
     for name, task in plugins.tasks.items():
         for source in task.config.sources:
@@ -53,6 +49,15 @@ def needs(config: Config, plugins: Plugins) -> dict[str, Needs]:
         for source in stage.sources if stage.modality else ():
             uses[source][f"stage {stage.name}"] = itemgetter(stage.modality)
     return {source: Needs(modalities, found) for source, found in uses.items()}
+
+
+def without_weights(plugins: Plugins) -> dict[str, Modality]:
+    """The modalities of a configuration, which can read items and no more."""
+    with torch.device("meta"):
+        return {
+            name: plugin.build(options, None)
+            for name, (plugin, options) in plugins.modalities.items()
+        }
 
 
 class _ReadOnce(Example):

@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from unified.data.members import IMAGES, decode_image, read_member
+from unified.data.members import IMAGES, READERS, decode_image, read_member, split_item
 from unified.data.tools.inputs import Input
 from unified.errors import one_line
 
 SHARD = re.compile(r"(train|val)-\d{5,}\.tar")
 Members = dict[str, bytes]
+Reader = Callable[[bytes], Any]
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,26 @@ def pack(
     val_share: float = 0.01,
     overwrite: bool = False,
     workers: int | None = None,
+    readers: Mapping[str, Reader] | None = None,
 ) -> Packed:
     """Write the examples of `source` to ``out/train-00000.tar``, ...; a share of them to ``val``.
 
     Each shard holds `shard_size` examples, the last one of a split fewer; one appears under its
     name when it is complete. `shuffle` is the seed of another order. Examples that cannot be used
-    are left out. ValueError if nothing is left, or if `out` holds shards and `overwrite` is false;
-    else shards that were there before are replaced or removed.
+    are left out; `readers` (by ending) look at members beside images, texts and records, and raise
+    ValueError for bytes that are none. ValueError if nothing is left, or if `out` holds shards and
+    `overwrite` is false; else shards that were there before are replaced or removed.
     """
     before = sorted(p.name for p in out.glob("*.tar") if SHARD.fullmatch(p.name))
     if before and not overwrite:
         raise ValueError(f"{out} holds shards already ({before[0]}); --overwrite replaces them")
     packed = Packed()
     train, val = (_Split(out, name, shard_size, packed) for name in ("train", "val"))
-    for index, members in _read_all(source, _order(source, shuffle), workers, packed):
+
+    def verify(members: Members) -> Members:
+        return _verified(members, readers or {})
+
+    for index, members in _read_all(source, _order(source, shuffle), verify, workers, packed):
         split = val if _share(source.name(index)) < val_share else train
         split.add(f"{index:09}", members)
     if not train.count + val.count:
@@ -141,14 +148,18 @@ def _share(name: str) -> float:
 
 
 def _read_all(
-    source: Input, order: list[int], workers: int | None, packed: Packed
+    source: Input,
+    order: list[int],
+    verify: Callable[[Members], Members],
+    workers: int | None,
+    packed: Packed,
 ) -> Iterator[tuple[int, Members]]:
     """(index, members) of the good examples in order; `packed` is told of the others."""
     from tqdm import tqdm
 
     def read(index: int) -> Members | str:
         try:
-            return _verified(source.read(index))
+            return verify(source.read(index))
         except (ValueError, OSError) as error:
             return one_line(error)
 
@@ -164,10 +175,13 @@ def _read_all(
                     yield index, found
 
 
-def _verified(members: Members) -> Members:
+def _verified(members: Members, readers: Mapping[str, Reader]) -> Members:
     """`members`, all of which can be read. ValueError names the one that cannot."""
     for ending, data in members.items():
+        own = split_item(ending)[1]
         read_member(ending, data)
-        if ending in IMAGES:
+        if own in IMAGES:
             decode_image(data)
+        elif own not in READERS and own in readers:
+            readers[own](data)
     return members

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
-Kind = Literal["word", "choice", "text"]
+Kind = Literal["word", "choice", "whole"]
 
 #: task -> what its answer is: the first word, one of the options, or the whole text
 KINDS: dict[str, Kind] = {
@@ -23,9 +23,9 @@ KINDS: dict[str, Kind] = {
     "obqa": "choice",
     "race": "choice",
     "siqa": "choice",
-    "hellaswag": "text",
-    "story_cloze": "text",
-    "squad": "text",
+    "hellaswag": "whole",
+    "story_cloze": "whole",
+    "squad": "whole",
 }
 
 STATED = re.compile(r"(?:answer|option|choice)\s*(?:is|=|:)?\s*[\(\[]?([A-Za-z])(?=[\s\W]|$)", re.I)
@@ -69,7 +69,7 @@ def similarity(a: object, b: object) -> float:
 
 def official(task: str, answer: str, truth: str, choices: Sequence[str] = ()) -> Verdict:
     """The rule of the official scoring script."""
-    kind = KINDS.get(task, "text")
+    kind = KINDS.get(task, "whole")
     if kind == "word":
         said, wanted = first_word(answer), first_word(truth)
         return Verdict(said == wanted, said, similarity(said, wanted))
