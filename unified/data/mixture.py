@@ -61,7 +61,7 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Request:
+class Slot:
     """One slot to fill: which feed's stream prepares which example."""
 
     feed: int
@@ -148,14 +148,14 @@ class Preparer(Dataset[Any]):
         self._feeds, self._seed, self._stage = feeds, seed, stage
         self._collate, self._share = collate, share
 
-    def __getitem__(self, requests: list[Request]) -> Made:
+    def __getitem__(self, requests: list[Slot]) -> Made:
         pieces = [self.prepare(request) for request in requests]
         good = [piece for piece in pieces if isinstance(piece, Prepared)]
         if len(good) < len(pieces):
             return Made([], 0, pieces)
         return self.finish(good, requests[0].step if requests else 0)
 
-    def prepare(self, request: Request) -> Prepared | str:
+    def prepare(self, request: Slot) -> Prepared | str:
         """The observations of one slot, or what is wrong with them."""
         feed = self._feeds[request.feed]
         draw = generator(self._seed, self._stage, request.step, request.slot, "prepare")
@@ -178,7 +178,7 @@ class Drawn:
     the state after the step."""
 
     step: int
-    requests: list[Request]
+    requests: list[Slot]
     windows: list[Window]
     state: dict[str, Any]
 
@@ -265,7 +265,7 @@ class Mixture:
         """The batches from step `first` on; workers read ahead, and the state does not."""
         waiting: deque[Drawn] = deque()
 
-        def requests() -> Iterator[list[Request]]:
+        def requests() -> Iterator[list[Slot]]:
             for step in count(first):
                 waiting.append(self._draw(step))
                 yield waiting[-1].requests
@@ -289,12 +289,12 @@ class Mixture:
         for slot, feed in enumerate(feeds):
             entry = self._orders[feed].next()
             if slot % self._processes == self._process:
-                drawn.requests.append(Request(feed, step, slot, entry))
+                drawn.requests.append(Slot(feed, step, slot, entry))
                 drawn.windows.append(self._orders[feed].window)
         drawn.state.update(self._places())
         return drawn
 
-    def _made(self, steps: Iterator[list[Request]]) -> Iterator[Made]:
+    def _made(self, steps: Iterator[list[Slot]]) -> Iterator[Made]:
         if not self._workers:
             return (self._prepare[requests] for requests in steps)
         return iter(
@@ -307,7 +307,7 @@ class Mixture:
             )
         )
 
-    def _settle(self, request: Request, found: Prepared | str, window: Window) -> Prepared:
+    def _settle(self, request: Slot, found: Prepared | str, window: Window) -> Prepared:
         """What was prepared; where that is bad, a random other example of the window."""
         if isinstance(found, Prepared):
             return found

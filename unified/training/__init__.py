@@ -13,5 +13,4 @@ run          a whole run: folders, processes, one stage after the other
   checkpoint   all that the next step depends on;  saver  who writes it, and when
 folder       the run's folder and what is in it
 init, export     weights from elsewhere, and a checkpoint as a pipeline
-stopping     a signal to stop
 """

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -62,7 +64,6 @@ from unified.training.parallel import (
     summed,
 )
 from unified.training.saver import Saver
-from unified.training.stopping import on_sigterm
 from unified.training.work import (
     Batches,
     Outcome,
@@ -438,3 +439,17 @@ class Loop:
             target.mkdir(parents=True, exist_ok=True)
             items = self.stage.sample(step, target)
         self.metrics.write_samples(step, items)
+
+
+@contextlib.contextmanager
+def on_sigterm(call: Callable[[], None]) -> Iterator[None]:
+    """Within it, SIGTERM calls this instead of ending the process (in the main thread only, which
+    is where signals arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -44,7 +44,7 @@ class Finding:
 
 
 @dataclass
-class Tally:
+class ShardContents:
     """What was found in one shard, or in several together."""
 
     #: shard -> its examples
@@ -63,7 +63,7 @@ class Tally:
     #: key -> the first shard that has it
     keys: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ShardContents) -> None:
         """Count in what was found in another shard; keys that both have are a finding."""
         for shard, examples in other.examples.items():
             self.examples[shard] = self.examples.get(shard, 0) + examples
@@ -93,7 +93,7 @@ class SourceReport:
 
     source: str
     split: str
-    found: Tally
+    found: ShardContents
     uses: tuple[str, ...] = ()
 
 
@@ -118,9 +118,9 @@ def check_shards(urls: Sequence[str], workers: int | None = None) -> list[Source
     return _check({("shards", ""): urls}, _Asked(), workers)
 
 
-def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> Tally:
+def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> ShardContents:
     """Everything that is to be said of one shard. Nothing in it is an error."""
-    tally = Tally(examples={url: 0})
+    tally = ShardContents(examples={url: 0})
     try:
         path = (access or Access()).path(url)
         tally.bytes = path.stat().st_size
@@ -136,7 +136,11 @@ def scan(url: str, judge: Judge | None = None, access: Access | None = None) -> 
 
 
 def _examine(
-    tally: Tally, url: str, key: str, found: Sequence[tuple[str, bytes]], judge: Judge | None
+    tally: ShardContents,
+    url: str,
+    key: str,
+    found: Sequence[tuple[str, bytes]],
+    judge: Judge | None,
 ) -> None:
     """Count one example in, with what is wrong with it."""
     members = dict(found)
@@ -206,7 +210,7 @@ class _Asked:
 
         return needs(self.config, self.plugins) if self.config and self.plugins else {}
 
-    def scan(self, job: tuple[str, str]) -> Tally:
+    def scan(self, job: tuple[str, str]) -> ShardContents:
         """The shard of a (source, shard)."""
         source, url = job
         if self.config is None:
@@ -223,14 +227,16 @@ def _check(
     places = [(at, url) for at, urls in named.items() for u in urls for url in expand_urls(u)]
     jobs = [(source, url) for (source, _), url in places]
     uses = {source: tuple(need.uses) for source, need in asked.needs.items()}
-    reports = {at: SourceReport(*at, Tally(), uses.get(at[0], ())) for at in named}
+    reports = {at: SourceReport(*at, ShardContents(), uses.get(at[0], ())) for at in named}
     found = _tallies(asked, jobs, workers or os.cpu_count() or 1)
     for (at, _), tally in zip(places, found, strict=True):
         reports[at].found.add(tally)
     return list(reports.values())
 
 
-def _tallies(asked: _Asked, jobs: Sequence[tuple[str, str]], workers: int) -> Iterator[Tally]:
+def _tallies(
+    asked: _Asked, jobs: Sequence[tuple[str, str]], workers: int
+) -> Iterator[ShardContents]:
     """One per shard, in order."""
     from tqdm import tqdm
 
@@ -255,5 +261,5 @@ def _hand(asked: _Asked) -> None:
     _handed[:] = [asked]
 
 
-def _scan(job: tuple[str, str]) -> Tally:
+def _scan(job: tuple[str, str]) -> ShardContents:
     return _handed[0].scan(job)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from unified.data.tools.check import SourceReport, Tally
+from unified.data.tools.check import ShardContents, SourceReport
 from unified.tables import size, table
 
 #: the shapes, width to height, that images are counted by; each goes to the nearest
@@ -120,7 +120,7 @@ def _rows(told: Mapping[str, Any], batch_size: int | None, ranks: int) -> Iterat
         yield use, f"{count:,} of {told['examples']:,} examples have what it needs"
 
 
-def _findings(found: Tally) -> list[str]:
+def _findings(found: ShardContents) -> list[str]:
     shown = [f"    {b.shard}{b.key and f', {b.key}'}: {b.reason}" for b in found.bad[:SHOWN]]
     more = len(found.bad) - len(shown)
     return [
