@@ -67,7 +67,7 @@ def test_a_step_waits_for_nothing(
 ) -> None:
     """Three of them, after one in which the optimizer makes its moments."""
     running = loop(tmp_path, shard, STAGES[name])
-    works = [running._prepare(step) for step in range(4)]
+    works = [running.prepare(step) for step in range(4)]
     running.step(0, works[0])
     before = [p.detach().clone() for p in running.learners]
     with never_waiting(monkeypatch):
@@ -107,7 +107,7 @@ def test_the_watch_sees_who_asks(
 ) -> None:
     """A question in the midst of a step, by every way there is."""
     running = loop(tmp_path, shard, STAGES["joint"])
-    work = running._prepare(0)
+    work = running.prepare(0)
     objective = running.stage.objective
     forward = objective.forward
 
