@@ -141,7 +141,7 @@ def test_generation_places_the_target_on_its_source() -> None:
     }.items()}  # fmt: skip
     given = {k: Latent(values[k], grids[k]) for k in "SP"}
     request = Request(given, grids["I"], 1, noise=[values["I"]])
-    settings = GenerationConfig(num_steps=1)
+    settings = GenerationConfig(num_steps=1, guidance_scale=1.0)
     session = Session(pipeline.prior, layouts, "editing", "I", [request], settings)
     with torch.no_grad():
         made = session.step()[0]

@@ -191,7 +191,7 @@ NAMING = ("unified.cola", "unified.config.registry", "unified.shortcuts")
 
 def test_no_modality_and_no_task_is_named_in_the_core():
     plugins = {"text", "image", "continuation", "captioning", "text_to_image", "editing"}
-    assert plugins == {name for group in SHIPPED.values() for name in group}
+    assert plugins == {name for group in ("modality", "task") for name in SHIPPED[group]}
     named = {}
     for module, tree in SOURCES.items():
         prose = docstrings(tree)
