@@ -136,10 +136,11 @@ class ItemChance:
         """Standard normal numbers [N, C], for each latent."""
         return self.chance.normal(purpose, self.item_N, self.place_N, channels)
 
-    def uniform(self, purpose: str, count: int) -> Tensor:
-        """Uniform numbers [B, T] in [0, 1), `count` for each item."""
+    def order(self, purpose: str, count: int) -> Tensor:
+        """Numbers [B, T] whose order is random, `count` for each item and no two of them equal."""
         place_T = torch.arange(count, device=self.item_B.device)
-        return self.chance.uniform(purpose, self.item_B[:, None], place_T)
+        words_BT = self.chance.words(purpose, self.item_B[:, None], place_T)[0]
+        return words_BT * count + place_T
 
 
 def noise(shape: Sequence[int], *purpose: int | str) -> Tensor:

@@ -36,6 +36,8 @@ from unified.randomness import ItemChance
 
 CONFIG = "config.json"
 IGNORED = -100
+#: above all numbers that tokens are ordered by
+NEVER = torch.iinfo(torch.int64).max
 
 
 class TextConfig(TextVAEConfig):
@@ -316,9 +318,9 @@ class TextModality(Modality):
             return {}
         ids_BT = self._rows(observations)
         real_BT = self._is_real(ids_BT)
-        number_BT = chance.uniform("hidden", ids_BT.shape[1]).masked_fill(~real_BT, 2)
-        rank_BT = number_BT.argsort(stable=True, dim=1).argsort(1)
-        hidden_BT = rank_BT < self._hidden(real_BT)[:, None]
+        number_BT = chance.order("hidden", ids_BT.shape[1]).masked_fill(~real_BT, NEVER)
+        last_B1 = number_BT.sort(1).values.gather(1, self._hidden(real_BT)[:, None] - 1)
+        hidden_BT = real_BT & (number_BT <= last_B1)
         posteriors = self._encode(observations, ids_BT.masked_fill(hidden_BT, self.unknown_id))
         latents = posteriors.sample(chance.normal("masked posterior", self.channels))
         wanted_BT = ids_BT.masked_fill(~hidden_BT, self.unknown_id)
