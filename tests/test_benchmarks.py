@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -218,6 +220,27 @@ def test_the_exponent_is_that_of_a_power():
     assert scaling.exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
 
 
+# ---- a step as a whole --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "keys"),
+    [
+        ("host", ["--steps", "2", "--warmup", "1"], {"main_us_per_example", "tensors_per_step"}),
+        ("device", ["--seconds", "0.1", "--workers", "0", "--json"], {"ms", "kernels", "gb"}),
+    ],
+)
+def test_steps_are_measured_by_stage(script: str, options: list[str], keys: set[str]) -> None:
+    command = [sys.executable, str(scripts.FOLDER / f"{script}.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)["stages"]
+    assert [row["stage"] for row in rows] == ["text_vae", "image_vae", "joint"]
+    assert all(keys <= row.keys() for row in rows)
+    if script == "host":
+        assert all(row["tensors_per_step"] <= 30 for row in rows)
+
+
 # ---- frames -------------------------------------------------------------------------------------
 
 
@@ -238,5 +261,6 @@ def test_the_depth_of_training_is_counted(capsys):
     generate, train, functions = run("frames", [], capsys)["rows"]
     assert generate["frames"] == len(generate["list"]) <= 8
     assert train["list"][0] == "unified/cli.py:main"
-    assert train["frames"] == len(train["list"])
+    assert train["list"][-1] == "unified/flow/matching.py:FlowMatching.loss"
+    assert train["frames"] == len(train["list"]) <= 8
     assert functions["nine_in_ten"] <= functions["longest"] <= 60
