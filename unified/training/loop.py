@@ -72,6 +72,7 @@ from unified.training.work import (
     add,
     on_device,
     over_all,
+    pins,
     stacked,
     total,
 )
@@ -269,7 +270,7 @@ class Loop:
         device but to pin memory for it."""
         data = self.stage.data
         parts = list(data.batch(step))
-        if self.accelerator.device.type != "cpu":
+        if pins(self.accelerator.device):
             parts = [map_tensors(part, Tensor.pin_memory) for part in parts]
         counts = add((p.counts for p in parts), sorted(self.stage.objective.weights(step)))
         used, laid = (sum(p.positions[i] for p in parts) for i in (0, 1))

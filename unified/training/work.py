@@ -86,7 +86,7 @@ class Outcome:
         numbers: Tensor,
     ) -> Outcome:
         """Begin to copy `numbers` to the host, behind what the device is about to do."""
-        if numbers.device.type == "cpu":
+        if not pins(numbers.device):  # asked for when they are read, one step later
             return cls(step, tuple(sorted(weights)), weights, rates, numbers, None)
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
@@ -106,6 +106,11 @@ class Outcome:
         return {term: s / n for term, s, n in parts if n}, Tally(*tally), norm
 
 
+def pins(device: torch.device) -> bool:
+    """Whether memory of the host is pinned for copies to and from `device`."""
+    return device.type not in ("cpu", "mps")
+
+
 def over_all(work: Work, terms: Sequence[str], stop: bool, accelerator: Accelerator) -> Tensor:
     """Counts of the terms and the tally [K + 5], over all processes, on the device."""
     numbers = [work.counts[term] for term in terms] + work.tally.numbers
@@ -116,7 +121,7 @@ def over_all(work: Work, terms: Sequence[str], stop: bool, accelerator: Accelera
 def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """Plain numbers on the device, in float64 where it has that; nothing waits for them."""
     tensor = torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory().to(device, non_blocking=True) if pins(device) else tensor.to(device)
 
 
 def stacked(losses: Mapping[str, Tensor], terms: Sequence[str], like: Tensor) -> Tensor:
