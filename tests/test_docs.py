@@ -65,6 +65,7 @@ def block(page: str, language: str, after: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_the_modality_and_the_task_of_the_examples_train(tmp_path: Path) -> None:
     page = "add_a_modality.md"
     (tmp_path / "tone.py").write_text(block(page, "python", "`tone.py`:"))
