@@ -39,6 +39,11 @@ def test_padded_rows_have_one_shape_and_change_no_loss() -> None:
         assert losses(padded, b) == pytest.approx(losses(plain, a), rel=1e-5)
 
 
+def test_an_autoencoder_stage_has_no_rows_to_pad() -> None:
+    with pytest.raises(ValueError, match="stage text_vae: pad_rows is of packed rows"):
+        StageConfig.model_validate(tiny.autoencoder("text", pad_rows=4))
+
+
 def test_compiled_blocks_meet_no_new_shape_after_the_second_step() -> None:
     made, batches = objective(pad_rows=5)
     wanted = [losses(made, batch) for batch in batches]

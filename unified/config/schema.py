@@ -203,6 +203,11 @@ class StageConfig(Part):
                 f"stage {self.name}: alignment is of the prior's features, but an autoencoder"
                 " stage trains no prior; it belongs in a joint stage"
             )
+        if self.objective == "autoencoder" and self.pad_rows:
+            raise ValueError(
+                f"stage {self.name}: pad_rows is of packed rows, but an autoencoder stage has none;"
+                " it belongs in a joint stage"
+            )
         for key in ("kl_warmup_steps", "critics"):
             if self.objective == "joint" and getattr(self.loss, key):
                 raise ValueError(

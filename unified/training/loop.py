@@ -187,13 +187,8 @@ class Loop:
         self.metrics = Metrics(
             stage.folder.metrics, stage.config.name, stage.steps, accelerator, stage.first
         )
-        self.speed, self.met = (
-            Speed(self.trained.progress.seconds),
-            (
-                stage.data.bad,
-                stage.data.truncated,
-            ),
-        )
+        self.speed = Speed(self.trained.progress.seconds)
+        self.met = (stage.data.bad, stage.data.truncated)
         self.asked_to_stop = self.stop = False
         #: outcomes of steps that have not been looked at yet
         self.coming: deque[Outcome] = deque()

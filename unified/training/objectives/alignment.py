@@ -34,6 +34,7 @@ from unified.latents.ragged import Latent, Runs
 from unified.model.layers import wide
 from unified.model.prior import SHARED
 from unified.sequence.packing import NoisyPlaces, PackedBatch
+from unified.training.objectives.objective import nothing
 
 #: how features are interpolated on a grid of so many axes
 INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
@@ -148,8 +149,7 @@ class Alignment(nn.Module):
         """Sum over the noisy positions of minus the cosine similarity; where there are none, 0 with
         gradients of 0."""
         if aligned is None:
-            learners = [p.sum() for p in self.parameters() if p.requires_grad]
-            return {self.term: 0.0 * torch.stack(learners).sum()}
+            return {self.term: nothing(self.parameters())}
         m = self.config.modality
         x_MW = tap.features(m, rows).index_select(0, aligned.at_M)
         projected_MF = wide(self.projection(x_MW))

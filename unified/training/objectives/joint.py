@@ -3,7 +3,7 @@ equation where the autoencoders train along."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +24,7 @@ from unified.sequence.packing import SEGMENTS, PackedBatch, Packer, Sample
 from unified.sequence.visibility import Visibility
 from unified.training.objectives.alignment import Aligned, Alignment
 from unified.training.objectives.autoencoder import autoencoder_weights
-from unified.training.objectives.objective import Objective
+from unified.training.objectives.objective import Objective, nothing
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,6 @@ class JointCollate:
                 own["ref"] = own["entropy"]
             counts |= {f"{m}/{term}": n for term, n in own.items()}
         return counts
-
-
-def nothing(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """0, with gradients of 0: what a process adds that has nothing of a kind, where others do."""
-    learners = [p.sum() for p in parameters if p.requires_grad]
-    return 0.0 * torch.stack(learners).sum() if learners else torch.zeros(())
 
 
 class JointObjective(Objective):

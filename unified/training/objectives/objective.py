@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unified.data.batches import Collate
@@ -40,3 +42,9 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """``main``: parameters at lr; ``vae``: parameters at ``lr * vae_lr_ratio`` (or none)."""
+
+
+def nothing(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """0, with gradients of 0: what a process adds that has nothing of a kind, where others do."""
+    learners = [p.sum() for p in parameters if p.requires_grad]
+    return 0.0 * torch.stack(learners).sum() if learners else torch.zeros(())
