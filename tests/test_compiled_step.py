@@ -61,4 +61,5 @@ def test_compiled_blocks_meet_no_new_shape_after_the_second_step() -> None:
         torch.stack(list(sums.values())).sum().backward()
         assert {k: float(v) for k, v in sums.items()} == pytest.approx(loss, rel=1e-4)
         seen.append(repr(graphs))
+    assert seen[0] != repr(count())  # something was compiled
     assert len(set(seen[1:])) == 1  # the first step, and what differs in the second
